@@ -1,0 +1,1 @@
+"""Speed comparisons and paper tables."""

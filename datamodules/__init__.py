@@ -1,0 +1,1 @@
+"""DataModules of Penstock: one for each kind of data."""

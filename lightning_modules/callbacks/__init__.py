@@ -1,0 +1,1 @@
+"""Callbacks that work with any module that keeps the contract of docs/architecture.md."""

@@ -1,0 +1,2 @@
+"""Command line of Penstock."""
+def main(): raise SystemExit("todo")

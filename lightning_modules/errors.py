@@ -1,0 +1,17 @@
+"""The one exception that reaches a user as a single line and exit code 2."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Bad input: the message is one line naming the file or key, what was found, what was expected."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest of `choices`, or an empty string when none is near."""
+    near = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
