@@ -1,2 +1,84 @@
-"""Command line of Penstock."""
-def main(): raise SystemExit("todo")
+"""The `penstock` command line: Hydra composes, LightningCLI judges the types and runs.
+
+Two dialects behind one front door. Plain words are Hydra overrides (`penstock fit experiment=x model.lr=1e-4`);
+`--flags` are plain LightningCLI (`penstock fit --config runs/x/config.yaml --trainer.max_epochs=3`), where plain words
+are still understood as `--word`. Nothing heavy is imported before the words are understood.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+HELP = """\
+usage: penstock VERB [word=value ...]      plain words: composed from conf/, any key, typed
+       penstock VERB [--flag=value ...]    plain LightningCLI, e.g. --config runs/.../config.yaml
+
+train and score
+  fit        penstock fit experiment=rectified_flow_digits
+  validate   penstock validate ckpt_path=runs/.../checkpoints/last.ckpt
+  test       penstock test ckpt_path=runs/.../checkpoints/last.ckpt
+  predict    penstock predict ckpt_path=runs/.../checkpoints/last.ckpt
+sweep        penstock fit -m experiment=a,b seed_everything=1,2,3
+resume       penstock fit ckpt_path=runs/.../checkpoints/last.ckpt
+look
+  sample     penstock sample ckpt_path=runs/.../checkpoints/last.ckpt n=64 steps=4
+  compare    penstock compare runs/a runs/b
+  list       penstock list [experiments|methods|data|kernels|tables|options]
+
+options of fit/validate/test/predict
+  --print    show the composed configuration and stop
+  --help     every key that LightningCLI knows, with its type
+groups       model= data= trainer= callbacks= logger= strategy= perf= debug= (choices: penstock list options)
+own configs  PENSTOCK_CONF=folder holds more files of the same groups
+"""
+
+
+def _run(argv: Sequence[str]) -> int:
+    verb, words = (argv[0], list(argv[1:])) if argv else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"penstock {version('penstock')}")
+        return 0
+    if verb == "list":
+        from penstock.lightning_modules.cli.listing import run_list
+
+        return run_list(words)
+    if verb == "compare":
+        from penstock.lightning_modules.cli.compare import run_compare
+
+        return run_compare(words)
+    if verb == "sample":
+        from penstock.lightning_modules.cli.sample import run_sample
+
+        return run_sample(words)
+    if verb in ("fit", "validate", "test", "predict"):
+        if "-m" in words or "--multirun" in words:
+            from penstock.lightning_modules.cli.sweep import run_sweep
+
+            return run_sweep(verb, [w for w in words if w not in ("-m", "--multirun")])
+        from penstock.lightning_modules.cli.verbs import run_verb
+
+        return run_verb(verb, words)
+    verbs = ("fit", "validate", "test", "predict", "sample", "compare", "list")
+    raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns the exit code (0 fine, 2 bad input, 130 interrupted)."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get("PENSTOCK_TRACEBACK"):
+            traceback.print_exc()
+        print(f"penstock: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("penstock: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,115 @@
+"""Words -> one plain tree for LightningCLI, by Hydra's compose API; no torch import.
+
+Group words (`experiment=x`, `perf=[bf16,compile]`) choose files. All other words become `++key=value`: Hydra only
+merges, so that jsonargparse alone judges keys and types. Files are written flat: whatever stands beside `class_path`
+is moved into `init_args`, so `model.net.width=64` and `model.init_args.net.init_args.width=64` say the same.
+"""
+
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from penstock.lightning_modules.cli.conf import check_choice, conf_dirs, groups
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+KEYS = ("model", "data", "trainer", "callbacks", "logger", "seed_everything", "ckpt_path", "weights_only")
+OWN = ("run_dir", "objective", "shape", "num_classes")
+SUGAR = {"model.lr": "model.optimizer.lr"}
+
+
+def new_run_dir(name: str) -> str:
+    """`runs/<name>/<time>`, or `RUN_DIR` where the environment has it (children of DDP, jobs of a sweep)."""
+    return os.environ.get("RUN_DIR") or str(Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
+
+
+def hydra_words(words: list[str]) -> list[str]:
+    """Checks the words' form, group choices and first key segment; returns Hydra overrides.
+
+    Raises:
+        UserError: a word without `=`, an unknown group choice, or an unknown top-level key.
+    """
+    known_groups, result = groups(), []
+    for word in words:
+        if word.startswith("~"):
+            result.append(word)
+            continue
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"word '{word}': expected key=value{did_you_mean(word, [*KEYS, *known_groups])}")
+        bare = key.lstrip("+")
+        if bare in known_groups and "." not in bare and (bare not in KEYS or not value.startswith("{")):
+            check_choice(bare, value)
+            result.append(f"{bare}={value}")
+            continue
+        first = bare.split(".")[0]
+        if first not in (*KEYS, *OWN):
+            raise UserError(
+                f"key '{first}' in '{word}': unknown{did_you_mean(first, [*KEYS, *OWN, *known_groups])}; "
+                f"groups: {', '.join(known_groups)}; keys: {', '.join([*KEYS, *OWN])}"
+            )
+        result.append(f"++{SUGAR.get(bare, bare)}={_quoted(value)}")
+    return result
+
+
+def _quoted(value: str) -> str:
+    """Quotes a value that Hydra's grammar would stumble over (a path that holds `=`, for one)."""
+    if re.search(r"[=:\s()@]", value) and value[:1] not in "'\"[{$":
+        return "'" + value.replace("'", "\\'") + "'"
+    return value
+
+
+def nest_init_args(node: Any) -> Any:
+    """Moves every key beside `class_path` into `init_args`, at any depth; `init_args` written out wins."""
+    if isinstance(node, list):
+        return [nest_init_args(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "class_path" not in node:
+        return {k: nest_init_args(v) for k, v in node.items()}
+    flat = {k: v for k, v in node.items() if k not in ("class_path", "init_args", "dict_kwargs")}
+    nested = {k: nest_init_args(node[k]) for k in ("dict_kwargs",) if k in node}
+    init_args = nest_init_args({**flat, **(node.get("init_args") or {})})
+    return {"class_path": node["class_path"], **({"init_args": init_args} if init_args else {}), **nested}
+
+
+def compose(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Composes the words into LightningCLI's tree.
+
+    Returns:
+        The tree (keys `model`, `data`, `trainer`, ...) and the run's name (experiment, else `<model>_<data>`).
+
+    Raises:
+        UserError: an unknown group choice or key, or a value that can't be read.
+    """
+    overrides = hydra_words(words)
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    main, *own = conf_dirs()
+    if own:
+        overrides.append(f"hydra.searchpath=[{','.join(f'file://{d}' for d in own)}]")
+    try:
+        with initialize_config_dir(str(main), version_base="1.3"):
+            config = hydra_compose("config", overrides, return_hydra_config=True)
+            choices = OmegaConf.to_container(config.hydra.runtime.choices)
+            with_hydra = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
+            tree = OmegaConf.to_container(with_hydra, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(f"configuration: {lines[0] if lines else error!r}") from error
+    return _finish(tree), choices.get("experiment") or f"{choices['model']}_{choices['data']}"
+
+
+def _finish(tree: dict[str, Any]) -> dict[str, Any]:
+    for key in OWN:
+        tree.pop(key, None)
+    tree = nest_init_args(tree)
+    for key in ("callbacks", "logger"):
+        named = tree.pop(key, None) or {}
+        tree["trainer"][key] = [entry for entry in named.values() if entry]
+    return {k: v for k, v in tree.items() if v is not None or k in ("model", "data")}

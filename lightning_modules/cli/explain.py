@@ -1,0 +1,1 @@
+def explain(error): return str(error)

@@ -1,0 +1,123 @@
+"""LightningCLI with the project's habits: run folder, no silent hyper-parameters, errors in one line."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, load_checkpoint
+from penstock.lightning_modules.cli.explain import explain
+from penstock.lightning_modules.errors import UserError
+
+VERBS = ("fit", "validate", "test", "predict")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the complete `config.yaml` into the run folder, the loggers and every checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.already_saved or trainer.fast_dev_run:
+            return
+        self.text = self.parser.dump(self.config, skip_none=False)
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "config.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            beside.write_text(self.text, encoding="utf-8")
+            os.replace(beside, path)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_config"):
+                    logger.log_config(self.config.as_dict())
+        self.already_saved = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.text
+
+
+class Lab(LightningCLI):
+    """The project's LightningCLI: any LightningModule, any LightningDataModule, chosen by `class_path`.
+
+    What the user writes wins over hyper-parameters stored in a checkpoint (Lightning 2.6 would do the reverse, in
+    `_parse_ckpt_path`). The run folder comes from `RUN_DIR`, not from the configuration, so that a saved
+    `config.yaml` re-runs into a folder of its own. `fit` ends with a `test` of the averaged weights.
+    """
+
+    def __init__(self, args: Any, restore_argv: Callable[[], None]):
+        self.restore_argv = restore_argv
+        kwargs = {"exit_on_error": False}
+        super().__init__(
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            parser_kwargs={**kwargs, **{verb: kwargs for verb in VERBS}},
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"weights_only": True})
+
+    def before_instantiate_classes(self) -> None:
+        self.restore_argv()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(
+            default_root_dir=os.environ["RUN_DIR"], plugins=[*plugins, AtomicCheckpointIO()], **kwargs
+        )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if (path := kwargs.get("ckpt_path")) and Path(path).is_file():
+            self._check_checkpoint(path)
+        return kwargs
+
+    def _check_checkpoint(self, path: str) -> None:
+        state = load_checkpoint(path)["state_dict"]
+        own = self.model.state_dict()
+        if state.keys() != own.keys():
+            extra, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
+            raise UserError(
+                f"ckpt_path={path}: a checkpoint of another model: {len(missing)} weights of "
+                f"{type(self.model).__name__} missing (first: {(missing or ['-'])[0]}), {len(extra)} unknown "
+                f"(first: {(extra or ['-'])[0]})"
+            )
+        for key, value in own.items():
+            if state[key].shape != value.shape:
+                raise UserError(
+                    f"ckpt_path={path}: a checkpoint of another model: {key} has shape {tuple(state[key].shape)}, "
+                    f"expected {tuple(value.shape)}"
+                )
+
+    def after_fit(self) -> None:
+        stopped = self.trainer.interrupted or self.trainer.fast_dev_run
+        if not stopped and self.datamodule is not None and self.trainer.state.finished:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
+    """Parses, builds and runs; returns the exit code.
+
+    Raises:
+        UserError: bad input, in one line.
+    """
+    try:
+        lab = Lab(args, restore_argv)
+    except jsonargparse.ArgumentError as error:
+        raise UserError(explain(error)) from error
+    return 130 if lab.trainer.interrupted else 0
+
+
+def main_is_rank_zero() -> bool:
+    """True in the process that talks to the user (not in children that DDP started)."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and sys.stderr is not None

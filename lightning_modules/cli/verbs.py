@@ -1,0 +1,80 @@
+"""`penstock fit|validate|test|predict`: from words to a LightningCLI run in a run folder."""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from penstock.lightning_modules.cli.compose import SUGAR, compose, new_run_dir
+from penstock.lightning_modules.errors import UserError
+
+
+def run_of_checkpoint(path: str) -> Path | None:
+    """The run folder of `<run>/checkpoints/x.ckpt`, or None when the file lies elsewhere."""
+    folder = Path(path).resolve().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() else None
+
+
+def _value(words: list[str], key: str) -> str | None:
+    return next((w.partition("=")[2] for w in reversed(words) if w.lstrip("+-").partition("=")[0] == key), None)
+
+
+def _as_flags(words: list[str]) -> list[str]:
+    flags = []
+    for word in words:
+        key, equals, value = word.lstrip("+").partition("=")
+        flags.append(word if word.startswith("-") or not equals else f"--{SUGAR.get(key, key)}={value}")
+    return flags
+
+
+def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
+    """Understands the words: LightningCLI's arguments (a list of flags or a tree) and the run folder.
+
+    `ckpt_path=` without an experiment takes the configuration of the run that wrote the checkpoint; `fit` then goes
+    on in that run's folder, the other verbs in a subfolder of it.
+    """
+    ckpt = _value(words, "ckpt_path")
+    if ckpt and not Path(ckpt).is_file() and ckpt not in ("last", "best", "null"):
+        raise UserError(f"ckpt_path={ckpt}: no such file")
+    dialect = any(w.startswith("-") for w in words)
+    if ckpt and not dialect and not any(w.partition("=")[0] in ("experiment", "model", "data") for w in words):
+        run = run_of_checkpoint(ckpt)
+        if run is None:
+            raise UserError(
+                f"ckpt_path={ckpt}: no config.yaml in the folder above checkpoints/; add experiment=... or --config=..."
+            )
+        run_dir = os.environ.get("RUN_DIR") or str(run if verb == "fit" else run / verb)
+        return [verb, "--config", str(run / "config.yaml"), *_as_flags(words)], run_dir
+    if dialect:
+        config = _value(words, "config") or next((w2 for w1, w2 in zip(words, words[1:]) if w1 == "--config"), None)
+        name = Path(config).resolve().parent.parent.name if config else verb
+        return [verb, *_as_flags(words)], new_run_dir(name)
+    tree, name = compose(words)
+    return {"subcommand": verb, verb: tree}, new_run_dir(name)
+
+
+@contextmanager
+def _own_argv_hidden():
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield lambda: setattr(sys, "argv", argv)
+    finally:
+        sys.argv = argv
+
+
+def run_verb(verb: str, words: list[str]) -> int:
+    """Runs one verb in this process; returns the exit code."""
+    if "--print" in words:
+        import yaml
+
+        args, run_dir = plan(verb, [w for w in words if w != "--print"])
+        tree = args[verb] if isinstance(args, dict) else args
+        print(yaml.safe_dump(tree, sort_keys=False) if isinstance(tree, dict) else json.dumps(tree), end="")
+        return 0
+    args, run_dir = plan(verb, words)
+    os.environ["RUN_DIR"] = str(Path(run_dir).resolve())
+    with _own_argv_hidden() as restore:
+        from penstock.lightning_modules.cli.lab import run_lab
+
+        return run_lab(args, restore)

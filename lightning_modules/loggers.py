@@ -1,0 +1,181 @@
+"""Loggers that write into the run folder (`RUN_DIR`): metrics.csv and metrics.json, W&B, TensorBoard."""
+
+import csv
+import json
+import math
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+def run_dir() -> Path:
+    """The folder of this run: `RUN_DIR`, set by the command line, else the working folder."""
+    return Path(os.environ.get("RUN_DIR", "."))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file so that a reader sees the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8", newline="")
+    os.replace(beside, path)
+
+
+class RunLogger(Logger):
+    """`metrics.csv` (one row a step) and `metrics.json` (last value of every metric, flat name -> number).
+
+    A resumed run goes on in the same files; rows after the step it resumed from are dropped first.
+
+    Args:
+        save_dir: Folder of the two files; None is the run folder.
+        flush_every: Rows kept in memory before they are written.
+    """
+
+    def __init__(self, save_dir: str | None = None, flush_every: int = 50):
+        super().__init__()
+        self.flush_every = flush_every
+        self._folder = Path(save_dir) if save_dir else run_dir()
+        self._rows: dict[int, dict[str, float]] = {}
+        self._fresh: set[int] = set()
+        self._opened = False
+
+    @property
+    def name(self) -> str:
+        return "run"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._folder)
+
+    @property
+    def log_dir(self) -> str:
+        return str(self._folder)
+
+    @property
+    def experiment(self) -> "RunLogger":
+        return self
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Hyper-parameters stand in config.yaml already."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds `metrics` to the row of `step`."""
+        if not self._opened:
+            self._open(step or 0)
+        step = max(self._rows, default=0) if step is None else int(step)
+        self._rows.setdefault(step, {}).update({k: float(v) for k, v in metrics.items()})
+        self._fresh.add(step)
+        if len(self._fresh) >= self.flush_every:
+            self.save()
+
+    def _open(self, step: int) -> None:
+        path = self._folder / "metrics.csv"
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    if row["step"] and int(row["step"]) < step:
+                        self._rows[int(row["step"])] = {k: float(v) for k, v in row.items() if v and k != "step"}
+        self._opened = True
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes both files."""
+        if not self._fresh:
+            return
+        keys = list(dict.fromkeys(k for row in self._rows.values() for k in row))
+        lines = [["step", *keys]]
+        last: dict[str, float] = {}
+        for step in sorted(self._rows):
+            row = self._rows[step]
+            last.update(row)
+            lines.append([step, *(repr(row[k]) if k in row else "" for k in keys)])
+        from io import StringIO
+
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        write_atomically(self._folder / "metrics.csv", text.getvalue())
+        finite = {k: v if math.isfinite(v) else str(v) for k, v in last.items()}
+        write_atomically(self._folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
+        self._fresh.clear()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def logged_in_to_wandb() -> bool:
+    """True when W&B finds a key (environment, netrc or settings)."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+
+
+class WandB(WandbLogger):
+    """Weights & Biases in the run folder: online when logged in, else offline (`wandb sync` sends it later).
+
+    The whole configuration becomes the run's config, last values its summary; a resumed run keeps its id.
+
+    Args:
+        project: W&B project.
+        mode: `auto` = online when a key is found, else offline; `WANDB_MODE` in the environment wins.
+        entity: W&B user or team.
+        group: Groups runs in the web page.
+        tags: Tags of the run.
+        log_model: Upload checkpoints as artifacts: at the end (true) or each one (`all`).
+    """
+
+    def __init__(
+        self,
+        project: str = "penstock",
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        log_model: Literal["all"] | bool = False,
+    ):
+        folder = run_dir().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in_to_wandb() else "offline")
+        name = f"{folder.parent.name}-{folder.name}"
+        super().__init__(
+            name=name,
+            id=name.replace("/", "-")[-120:],
+            save_dir=str(folder),
+            project=project,
+            mode=mode,
+            entity=entity,
+            group=group or folder.parent.name,
+            tags=tags,
+            log_model=log_model if mode == "online" else False,
+            resume="allow" if mode == "online" else None,
+        )
+
+    @rank_zero_only
+    def log_config(self, config: dict[str, Any]) -> None:
+        """Sends the complete configuration."""
+        self.experiment.config.update(config, allow_val_change=True)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        table = [[k, v] for k, v in self.experiment.summary._as_dict().items() if isinstance(v, int | float)]
+        if status == "success" and table:
+            self.log_table("summary", columns=["metric", "value"], data=table)
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard event files in the run folder."""
+
+    def __init__(self) -> None:
+        super().__init__(save_dir=str(run_dir()), name="tensorboard", version="")
