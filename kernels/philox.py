@@ -139,9 +139,7 @@ def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal:
     words = words.flatten(1)
     if not normal:
         return _open_unit(words[:, :n], dtype)
-    radius = words[:, 0::2].to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = _open_unit(words[:, 1::2], dtype).mul_(2 * math.pi)
-    return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), -1).flatten(1)[:, :n].contiguous()
+    return _box_muller(words, dtype)[:, :n].contiguous()
 
 
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int):
@@ -168,6 +166,12 @@ def _open_unit(words: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return words.to(dtype).add_(0.5).mul_(2.0**-32)
     return (words >> 9).to(dtype).add_(0.5).mul_(2.0**-23)
+
+
+def _box_muller(words: Tensor, dtype: torch.dtype) -> Tensor:
+    radius = words[:, 0::2].to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = _open_unit(words[:, 1::2], dtype).mul_(2 * math.pi)
+    return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), -1).flatten(1)
 
 
 def _triton(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:
