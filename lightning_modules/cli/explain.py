@@ -1,1 +1,106 @@
-def explain(error): return str(error)
+"""jsonargparse's error -> one line: place, complaint, found, expected, nearest valid choice."""
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+from penstock.lightning_modules.cli.compose import SUGAR
+from penstock.lightning_modules.errors import did_you_mean
+
+TOP = ("model", "data", "trainer", "seed_everything", "ckpt_path", "weights_only", "callbacks", "logger")
+
+
+def explain(error: BaseException) -> str:
+    """The first complaint of a jsonargparse error and where it belongs, on one line."""
+    text = " ".join(str(error).split())
+    for pattern, describe in _COMPLAINTS:
+        if match := re.search(pattern, text):
+            keys = re.findall(r'Parser key "([^"]+)"', text[: match.start()])
+            classes = re.findall(r"given class_path '([^']+)'", text[: match.start()])
+            place = ".".join(keys)
+            return f"config error{' at ' * bool(keys)}{place}: {describe(match, classes, text, place)}"
+    return f"config error: {text[:400]}"
+
+
+def _parameters(class_path: str) -> list[str]:
+    target = _lookup(class_path)
+    names: list[str] = []
+    for cls in inspect.getmro(target) if inspect.isclass(target) else (target,):
+        if cls is object:
+            continue
+        parameters = inspect.signature(cls).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [n for n in dict.fromkeys(names) if n not in ("self", "params", "optimizer_") and not n.startswith("_")]
+
+
+def _lookup(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _unknown_option(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    name = match.group(1)
+    owner = classes[-1] if classes else None
+    if owner is None and (used := re.findall(r"class_path='([^']+)'", text[match.start() :])):
+        owner = used[0]
+    if "callable class" in text and (used := re.search(r"class_path='([^']+)'", text[match.start() :])):
+        owner = used.group(1)
+    if owner is None:
+        return f"option '{name}' is not accepted{did_you_mean(name, TOP)}"
+    names = [*_parameters(owner), *(key.removeprefix(f"{place}.") for key in SUGAR if place == key.rpartition(".")[0])]
+    short = owner.rpartition(".")[2]
+    return f"option '{name}' is not accepted{did_you_mean(name, names)}; {short} takes {', '.join(names)}"
+
+
+def _unknown_key(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    key = match.group(1)
+    first, _, last = key.rpartition(".")
+    if first == "trainer":
+        names = _parameters("lightning.pytorch.Trainer")
+        return f"'{key}' is not accepted{did_you_mean(last, names)}"
+    return f"'{key}' is not accepted{did_you_mean(key, TOP)}; expected one of {', '.join(TOP)}"
+
+
+def _no_attribute(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    module, name = match.groups()
+    public = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
+    return f"class path '{module}.{name}': module '{module}' has no '{name}'{did_you_mean(name, public)}"
+
+
+def _no_module(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    return f"class path '{classes[-1] if classes else match.group(1)}': no module named '{match.group(1)}'"
+
+
+def _no_subclass(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    return f"class path '{match.group(1)}': expected a subclass of {match.group(2)}"
+
+
+def _required(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    return f"'{match.group(1)}' is required" + (f" by {classes[-1].rpartition('.')[2]}" if classes else "")
+
+
+def _wrong_type(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    rest = text[match.start() :]
+    found = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value:| - Expected| - Not a valid|$)", rest)
+    wanted = re.findall(r"Expected an? (.+?)(?=\.? Got| - | Given value|\.?$)", rest[: found.start()].strip() if found else rest)
+    names = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", w).replace("typing.", "") for w in wanted]
+    names = [n for n in dict.fromkeys(names) if not n.startswith(("path but", "dot import", "list of"))]
+    names = ["None" if n == "NoneType" else n for n in names]
+    expected = " or ".join(names) or "a value of another type"
+    value = found.group(1).strip() if found else "?"
+    literals = re.findall(r"'([^']+)'", " ".join(n for n in names if n.startswith("Literal")))
+    return f"expected {expected}, found {value}{did_you_mean(value, literals)}"
+
+
+_COMPLAINTS = (
+    (r"Option '([^']+)' is not accepted", _unknown_option),
+    (r"does not accept option '([^']+)'", _unknown_key),
+    (r"module '([^']+)' has no attribute '([^']+)'", _no_attribute),
+    (r"No module named '([^']+)'", _no_module),
+    (r"Import path (\S+) does not correspond to a subclass of (\w+)", _no_subclass),
+    (r"following arguments are required: (\S+)", _required),
+    (r"Expected an? ", _wrong_type),
+)

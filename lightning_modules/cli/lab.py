@@ -1,14 +1,16 @@
 """LightningCLI with the project's habits: run folder, no silent hyper-parameters, errors in one line."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, load_checkpoint
 from penstock.lightning_modules.cli.explain import explain
@@ -63,11 +65,14 @@ class Lab(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         pass
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"weights_only": True})
-
     def before_instantiate_classes(self) -> None:
         self.restore_argv()
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise UserError(f"configuration: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
@@ -80,6 +85,7 @@ class Lab(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if (path := kwargs.get("ckpt_path")) and Path(path).is_file():
             self._check_checkpoint(path)
+        kwargs["weights_only"] = True
         return kwargs
 
     def _check_checkpoint(self, path: str) -> None:
@@ -101,7 +107,7 @@ class Lab(LightningCLI):
 
     def after_fit(self) -> None:
         stopped = self.trainer.interrupted or self.trainer.fast_dev_run
-        if not stopped and self.datamodule is not None and self.trainer.state.finished:
+        if not stopped and is_overridden("test_step", self.model) and self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -111,13 +117,9 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
     Raises:
         UserError: bad input, in one line.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
     try:
         lab = Lab(args, restore_argv)
     except jsonargparse.ArgumentError as error:
         raise UserError(explain(error)) from error
     return 130 if lab.trainer.interrupted else 0
-
-
-def main_is_rank_zero() -> bool:
-    """True in the process that talks to the user (not in children that DDP started)."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and sys.stderr is not None

@@ -1,0 +1,53 @@
+"""Builds what a configuration names, outside a training run."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights
+from penstock.lightning_modules.cli.explain import explain
+from penstock.lightning_modules.errors import UserError
+
+
+def build(config: dict[str, Any], *parts: str) -> list[Any]:
+    """Builds `model` and/or `data` of a run's configuration.
+
+    Raises:
+        UserError: the configuration does not fit the classes of this version.
+    """
+    kinds = {"model": LightningModule, "data": LightningDataModule}
+    parser = ArgumentParser(exit_on_error=False)
+    for part in parts:
+        parser.add_subclass_arguments(kinds[part], part, fail_untyped=False)
+    try:
+        built = parser.instantiate_classes(parser.parse_object({part: config[part] for part in parts}))
+    except ArgumentError as error:
+        raise UserError(explain(error)) from error
+    return [built[part] for part in parts]
+
+
+def config_of_checkpoint(path: Path) -> dict[str, Any]:
+    """The complete configuration that a checkpoint carries.
+
+    Raises:
+        UserError: the file can't be read, or was not written by this program.
+    """
+    checkpoint = load_checkpoint(path)
+    if "config" not in checkpoint:
+        raise UserError(f"{path}: no configuration in this checkpoint; expected one written by penstock fit")
+    return yaml.safe_load(checkpoint["config"])
+
+
+def model_from_checkpoint(path: Path) -> LightningModule:
+    """The model of a run with its (averaged, where EMA was on) weights, in eval mode.
+
+    Raises:
+        UserError: a file that can't be read, that another program wrote, or that holds another model's weights.
+    """
+    checkpoint = load_checkpoint(path)
+    (model,) = build(config_of_checkpoint(path), "model")
+    load_weights(model, checkpoint)
+    return model.eval()

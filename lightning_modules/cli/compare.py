@@ -1,0 +1,123 @@
+"""`penstock compare runs/a runs/b`: configurations, last metrics and curves side by side, offline, no torch import."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Reads one run folder: `name`, flat `config`, last `metrics`, `curves` (metric -> [(step, value)]).
+
+    Raises:
+        UserError: no folder, or no metrics.json in it.
+    """
+    if not folder.is_dir():
+        near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [])
+        raise UserError(f"compare {folder}: no such folder{near}")
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"compare {folder}: no metrics.json in it; expected a run folder such as runs/<experiment>/<time>")
+    config = folder / "config.yaml"
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if key != "step" and value:
+                    curves.setdefault(key, []).append((int(row["step"]), float(value)))
+    return {
+        "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
+        "config": _flat(yaml.safe_load(config.read_text())) if config.is_file() else {},
+        "metrics": json.loads((folder / "metrics.json").read_text()),
+        "curves": curves,
+    }
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = ((str(i), v) for i, v in enumerate(node))
+    else:
+        return {prefix: node}
+    result: dict[str, Any] = {}
+    for key, value in items:
+        result |= _flat(value, f"{prefix}.{key}" if prefix and key != "init_args" else (prefix or str(key)))
+    return result
+
+
+def table(runs: list[dict[str, Any]], part: str, only_different: bool) -> list[list[str]]:
+    """Rows `[key, value of run 1, ...]` of `config` or `metrics`; keys in order of first appearance."""
+    keys = dict.fromkeys(k for run in runs for k in run[part])
+    rows = []
+    for key in keys:
+        values = [run[part].get(key, "") for run in runs]
+        if only_different and all(v == values[0] for v in values):
+            continue
+        rows.append([key, *(f"{v:.5g}" if isinstance(v, float) else str(v) for v in values)])
+    return rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(text)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """One panel for each metric that has a curve in some run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    keys = [k for k in dict.fromkeys(k for r in runs for k in r["curves"]) if _has_curve(runs, k)]
+    columns = min(3, max(1, len(keys)))
+    lines = -(-max(1, len(keys)) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for key, axis in zip(keys, axes.flat):
+        for run in runs:
+            if points := run["curves"].get(key):
+                axis.plot(*zip(*points), label=run["name"], marker="." if len(points) < 30 else None)
+        axis.set_title(key)
+        axis.set_xlabel("step")
+    if keys:
+        axes.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _has_curve(runs: list[dict[str, Any]], key: str) -> bool:
+    return key != "epoch" and any(len(run["curves"].get(key, ())) > 1 for run in runs)
+
+
+def run_compare(words: list[str]) -> int:
+    """Prints the tables; writes `compare.md`, `compare.json` and `compare.png` into `out` (default `runs/compare`)."""
+    out = Path(next((w.partition("=")[2] for w in words if w.startswith("out=")), "runs/compare"))
+    folders = [Path(w) for w in words if "=" not in w]
+    if unknown := [w for w in words if "=" in w and not w.startswith("out=")]:
+        raise UserError(f"compare {unknown[0]}: expected run folders and out=FOLDER{did_you_mean(unknown[0], ['out='])}")
+    if not folders:
+        raise UserError("compare: expected run folders, e.g. penstock compare runs/a/... runs/b/...")
+    runs = [read_run(folder) for folder in folders]
+    names = [run["name"] for run in runs]
+    config_rows = table(runs, "config", only_different=len(runs) > 1)
+    metric_rows = table(runs, "metrics", only_different=False)
+    text = "## Configuration" + (" (what differs)" if len(runs) > 1 else "") + "\n\n"
+    text += markdown(["key", *names], config_rows) + "\n\n## Metrics (last values)\n\n"
+    text += markdown(["metric", *names], metric_rows) + "\n"
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.md").write_text(text + "\n![curves](compare.png)\n")
+    (out / "compare.json").write_text(json.dumps([{k: r[k] for k in ("name", "config", "metrics")} for r in runs], indent=1))
+    plot(runs, out / "compare.png")
+    print(f"written: {out}/compare.md, compare.json, compare.png")
+    return 0

@@ -1,0 +1,118 @@
+"""`penstock sample ckpt_path=... n=64 steps=4`: pictures, the raw tensor, and the time a sample takes."""
+
+import inspect
+import json
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from penstock.lightning_modules.cli.verbs import run_of_checkpoint
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+OWN = {"ckpt_path": str, "n": int, "steps": int, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
+
+
+def _typed(key: str, value: str, kind: type) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{key}={value}: expected {kind.__name__}") from None
+
+
+def _options(model: Any) -> dict[str, type]:
+    """Further keyword options of the model's `sample`: name -> int, float, bool or str."""
+    found = {}
+    for name, parameter in inspect.signature(model.sample).parameters.items():
+        kinds = [k for k in (get_args(parameter.annotation) or (parameter.annotation,)) if k in (int, float, str)]
+        if name not in ("n", "steps", "cond", "generator") and kinds:
+            found[name] = kinds[0]
+    return found
+
+
+def run_sample(words: list[str]) -> int:
+    """Draws samples from a checkpoint with its averaged weights; exit code 0.
+
+    Raises:
+        UserError: an unknown word, a wrong type, n or steps below 1, no such label, a bad checkpoint.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"sample {word}: expected key=value{did_you_mean(word, OWN)}")
+        given[key] = value
+    if "ckpt_path" not in given:
+        near = next((did_you_mean(k, OWN) for k in given if k not in OWN), "")
+        raise UserError(f"sample: ckpt_path=... is required{near}")
+    path = Path(given["ckpt_path"])
+    if not path.is_file():
+        raise UserError(f"ckpt_path={path}: no such file")
+    options = {key: _typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
+    for key, default in (("n", 64), ("steps", 20), ("batch", 256)):
+        if options.setdefault(key, default) < 1:
+            raise UserError(f"{key}={options[key]}: expected a whole number of 1 or more")
+
+    import torch
+
+    from penstock.lightning_modules.build import model_from_checkpoint
+
+    model = model_from_checkpoint(path)
+    if not hasattr(model, "sample"):
+        raise UserError(f"ckpt_path={path}: {type(model).__name__} does not generate samples")
+    extra_kinds = _options(model)
+    for key in given:
+        if key not in OWN and key not in extra_kinds:
+            names = [*OWN, *extra_kinds]
+            raise UserError(f"sample {key}: unknown{did_you_mean(key, names)}; expected one of {', '.join(names)}")
+    extra = {key: _typed(key, given[key], kind) for key, kind in extra_kinds.items() if key in given}
+    device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device).eval()
+    cond = _labels(options.get("labels"), options["n"], model, device)
+    generator = torch.Generator(device).manual_seed(options.get("seed", 0))
+
+    parts, start = [], time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, options["n"], options["batch"]):
+            size = min(options["batch"], options["n"] - first)
+            part = None if cond is None else cond[first : first + size]
+            parts.append(model.sample(size, steps=options["steps"], cond=part, generator=generator, **extra).cpu())
+    seconds = time.perf_counter() - start
+    samples = torch.cat(parts)
+    run = run_of_checkpoint(str(path))
+    out = Path(options.get("out") or (run or Path(".")) / "samples" / f"sample_{options['steps']}_steps")
+    write_samples(samples, cond, out)
+    report = {"n": options["n"], "steps": options["steps"], "network_calls": model.nfe, "device": str(device)}
+    report |= {"seconds_per_sample": seconds / options["n"], "checkpoint": str(path), "seed": options.get("seed", 0)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{options['n']} samples, {model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}")
+    print(f"written: {out}")
+    return 0
+
+
+def _labels(text: str | None, n: int, model: Any, device: Any) -> Any:
+    import torch
+
+    classes = model.num_classes
+    if not classes:
+        if text is not None:
+            raise UserError(f"labels={text}: the model is unconditional")
+        return None
+    try:
+        labels = [int(part) for part in text.split(",")] if text else list(range(classes))
+    except ValueError:
+        raise UserError(f"labels={text}: expected whole numbers separated by commas, 0 to {classes - 1}") from None
+    if bad := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"labels={text}: {bad[0]} is out of range; expected 0 to {classes - 1}")
+    return torch.tensor(labels, device=device)[torch.arange(n, device=device) % len(labels)]
+
+
+def write_samples(samples: Any, labels: Any, out: Path) -> None:
+    """`samples.safetensors` (and labels), and `grid.png` for images or points."""
+    from safetensors.torch import save_file
+
+    from penstock.lightning_modules.callbacks.samples import save_picture
+
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {"samples": samples.contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
+    save_file(tensors, out / "samples.safetensors")
+    save_picture(samples, out / "grid.png")

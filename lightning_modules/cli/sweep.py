@@ -1,0 +1,97 @@
+"""`penstock fit -m`: Hydra's own multirun drives, each job is a fresh process of the single-run command.
+
+Launcher and sweeper plugins of Hydra (submitit, joblib, Optuna ...) therefore work (`hydra/launcher=joblib`), and so
+does DDP inside a job. A job's value for the sweeper is `objective` (a metric name) read from its metrics.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from penstock.lightning_modules.cli.compose import hydra_words
+from penstock.lightning_modules.cli.conf import conf_dirs
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+
+def run_sweep(verb: str, words: list[str]) -> int:
+    """Runs every combination; prints where each job's folder is. Exit code 1 when a job failed, 2 for bad input."""
+    hydra_own = [w for w in words if w.lstrip("+~").startswith(("hydra/", "hydra."))]
+    overrides = _expandable([w for w in words if w not in hydra_own])
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+
+    main, *own = conf_dirs()
+    folder = Path("runs") / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    if own:
+        hydra_own.append(f"hydra.searchpath=[{','.join(f'file://{d}' for d in own)}]")
+    failed: list[int] = []
+
+    def job(config: DictConfig) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        choices = HydraConfig.get()
+        number = choices.job.num
+        run_dir = (folder / str(number)).resolve()
+        task = list(choices.overrides.task)
+        print(f"job {number}: penstock {verb} {' '.join(task)}  ->  {os.path.relpath(run_dir)}", flush=True)
+        code = run_job(verb, task, run_dir)
+        if code:
+            failed.append(number)
+            print(f"job {number}: exit code {code}", file=sys.stderr, flush=True)
+            return None
+        return objective(config.get("objective"), run_dir)
+
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null"]
+    argv = [sys.argv[0], "-m", f"hydra.sweep.dir={folder}", *quiet, *hydra_own, *overrides]
+    saved, sys.argv = sys.argv, argv
+    try:
+        hydra.main(config_path=str(main), config_name="config", version_base="1.3")(job)()
+    except HydraException as error:
+        raise UserError(f"sweep: {error}") from error
+    finally:
+        sys.argv = saved
+    print(f"sweep: {folder}; compare with: penstock compare {folder}/*")
+    return 1 if failed else 0
+
+
+def _expandable(words: list[str]) -> list[str]:
+    """Hydra overrides of the words; `experiment=a,b` is checked choice by choice."""
+    result = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if "," in value and value[:1] not in "[{'\"" and key.lstrip("+").partition(".")[0] == key:
+            for choice in value.split(","):
+                hydra_words([f"{key}={choice.strip()}"])
+            result.append(word if not hydra_words([f"{key}={value.split(',')[0]}"])[0].startswith("++") else f"++{word}")
+        elif "," in value or "(" in value:
+            result.append(hydra_words([f"{key}=0"])[0].removesuffix("0") + value)
+        else:
+            result += hydra_words([word])
+    return result
+
+
+def run_job(verb: str, words: list[str], run_dir: Path) -> int:
+    """One single-run command in a process of its own; returns its exit code."""
+    environment = {**os.environ, "RUN_DIR": str(run_dir)}
+    return subprocess.run(
+        [sys.executable, "-m", "penstock.lightning_modules", verb, *words], env=environment, check=False
+    ).returncode
+
+
+def objective(name: str | None, run_dir: Path) -> float | None:
+    """The job's value for the sweeper.
+
+    Raises:
+        UserError: the run has no such metric.
+    """
+    if name is None:
+        return None
+    metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
+    if name not in metrics:
+        raise UserError(f"objective={name}: not in {run_dir}/metrics.json{did_you_mean(name, metrics)}")
+    return float(metrics[name])
