@@ -20,7 +20,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [])
         raise UserError(f"compare {folder}: no such folder{near}")
     if not (folder / "metrics.json").is_file():
-        raise UserError(f"compare {folder}: no metrics.json in it; expected a run folder such as runs/<experiment>/<time>")
+        raise UserError(f"compare {folder}: no metrics.json in it; expected a run folder: runs/<experiment>/<time>")
     config = folder / "config.yaml"
     curves: dict[str, list[tuple[int, float]]] = {}
     with (folder / "metrics.csv").open(newline="") as file:
@@ -104,7 +104,8 @@ def run_compare(words: list[str]) -> int:
     out = Path(next((w.partition("=")[2] for w in words if w.startswith("out=")), "runs/compare"))
     folders = [Path(w) for w in words if "=" not in w]
     if unknown := [w for w in words if "=" in w and not w.startswith("out=")]:
-        raise UserError(f"compare {unknown[0]}: expected run folders and out=FOLDER{did_you_mean(unknown[0], ['out='])}")
+        near = did_you_mean(unknown[0], ["out="])
+        raise UserError(f"compare {unknown[0]}: expected run folders and out=FOLDER{near}")
     if not folders:
         raise UserError("compare: expected run folders, e.g. penstock compare runs/a/... runs/b/...")
     runs = [read_run(folder) for folder in folders]
@@ -117,7 +118,8 @@ def run_compare(words: list[str]) -> int:
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.md").write_text(text + "\n![curves](compare.png)\n")
-    (out / "compare.json").write_text(json.dumps([{k: r[k] for k in ("name", "config", "metrics")} for r in runs], indent=1))
+    kept = [{key: run[key] for key in ("name", "config", "metrics")} for run in runs]
+    (out / "compare.json").write_text(json.dumps(kept, indent=1))
     plot(runs, out / "compare.png")
     print(f"written: {out}/compare.md, compare.json, compare.png")
     return 0

@@ -24,38 +24,52 @@ def new_run_dir(name: str) -> str:
     return os.environ.get("RUN_DIR") or str(Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
 
 
+def split_word(word: str) -> tuple[str, str, bool]:
+    """Checks a word's form and the first segment of its key.
+
+    Returns:
+        The key as Hydra wants it (`experiment`, `++model.optimizer.lr`), the value, and whether the key is a group.
+
+    Raises:
+        UserError: no `=`, or an unknown top-level key.
+    """
+    known_groups = groups()
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"word '{word}': expected key=value{did_you_mean(word, [*KEYS, *known_groups])}")
+    bare = key.lstrip("+")
+    if bare in known_groups and not value.startswith("{"):
+        return bare, value, True
+    first = bare.split(".")[0]
+    if first not in (*KEYS, *OWN):
+        raise UserError(
+            f"key '{first}' in '{word}': unknown{did_you_mean(first, [*KEYS, *OWN, *known_groups])}; "
+            f"groups: {', '.join(known_groups)}; keys: {', '.join([*KEYS, *OWN])}"
+        )
+    return f"++{SUGAR.get(bare, bare)}", value, False
+
+
 def hydra_words(words: list[str]) -> list[str]:
-    """Checks the words' form, group choices and first key segment; returns Hydra overrides.
+    """The words as Hydra overrides, group choices checked.
 
     Raises:
         UserError: a word without `=`, an unknown group choice, or an unknown top-level key.
     """
-    known_groups, result = groups(), []
+    result = []
     for word in words:
         if word.startswith("~"):
             result.append(word)
             continue
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"word '{word}': expected key=value{did_you_mean(word, [*KEYS, *known_groups])}")
-        bare = key.lstrip("+")
-        if bare in known_groups and "." not in bare and (bare not in KEYS or not value.startswith("{")):
-            check_choice(bare, value)
-            result.append(f"{bare}={value}")
-            continue
-        first = bare.split(".")[0]
-        if first not in (*KEYS, *OWN):
-            raise UserError(
-                f"key '{first}' in '{word}': unknown{did_you_mean(first, [*KEYS, *OWN, *known_groups])}; "
-                f"groups: {', '.join(known_groups)}; keys: {', '.join([*KEYS, *OWN])}"
-            )
-        result.append(f"++{SUGAR.get(bare, bare)}={_quoted(value)}")
+        key, value, is_group = split_word(word)
+        if is_group:
+            check_choice(key, value)
+        result.append(f"{key}={value if is_group else quoted(value)}")
     return result
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """Quotes a value that Hydra's grammar would stumble over (a path that holds `=`, for one)."""
-    if re.search(r"[=:\s()@]", value) and value[:1] not in "'\"[{$":
+    if re.search(r"[=:\s()@']", value) and value[:1] not in ("'", '"', "[", "{", "$"):
         return "'" + value.replace("'", "\\'") + "'"
     return value
 

@@ -24,7 +24,8 @@ def conf_dirs() -> list[Path]:
 
 def groups() -> list[str]:
     """Names of the config groups: the folders of `conf/`."""
-    return sorted({p.name for d in conf_dirs() for p in d.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))})
+    folders = (path for folder in conf_dirs() for path in folder.iterdir() if path.is_dir())
+    return sorted({path.name for path in folders if not path.name.startswith(("_", "."))})
 
 
 def options(group: str) -> dict[str, Path]:

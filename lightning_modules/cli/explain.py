@@ -85,7 +85,8 @@ def _required(match: re.Match, classes: list[str], text: str, place: str) -> str
 def _wrong_type(match: re.Match, classes: list[str], text: str, place: str) -> str:
     rest = text[match.start() :]
     found = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value:| - Expected| - Not a valid|$)", rest)
-    wanted = re.findall(r"Expected an? (.+?)(?=\.? Got| - | Given value|\.?$)", rest[: found.start()].strip() if found else rest)
+    asked = rest[: found.start()].strip() if found else rest
+    wanted = re.findall(r"Expected an? (.+?)(?=\.? Got| - | Given value|\.?$)", asked)
     names = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", w).replace("typing.", "") for w in wanted]
     names = [n for n in dict.fromkeys(names) if not n.startswith(("path but", "dot import", "list of"))]
     names = ["None" if n == "NoneType" else n for n in names]

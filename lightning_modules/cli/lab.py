@@ -59,7 +59,7 @@ class Lab(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            parser_kwargs={**kwargs, **{verb: kwargs for verb in VERBS}},
+            parser_kwargs={**kwargs, **dict.fromkeys(VERBS, kwargs)},
         )
 
     def _parse_ckpt_path(self) -> None:

@@ -84,7 +84,8 @@ def run_sample(words: list[str]) -> int:
     report = {"n": options["n"], "steps": options["steps"], "network_calls": model.nfe, "device": str(device)}
     report |= {"seconds_per_sample": seconds / options["n"], "checkpoint": str(path), "seed": options.get("seed", 0)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{options['n']} samples, {model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}")
+    each = f"{model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}"
+    print(f"{options['n']} samples, {each}")
     print(f"written: {out}")
     return 0
 

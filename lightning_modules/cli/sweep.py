@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from penstock.lightning_modules.cli.compose import hydra_words
-from penstock.lightning_modules.cli.conf import conf_dirs
+from penstock.lightning_modules.cli.compose import hydra_words, split_word
+from penstock.lightning_modules.cli.conf import check_choice, conf_dirs
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 
@@ -60,18 +60,17 @@ def run_sweep(verb: str, words: list[str]) -> int:
 
 
 def _expandable(words: list[str]) -> list[str]:
-    """Hydra overrides of the words; `experiment=a,b` is checked choice by choice."""
+    """Hydra sweep overrides of the words; each choice of `experiment=a,b` is checked."""
     result = []
     for word in words:
-        key, _, value = word.partition("=")
-        if "," in value and value[:1] not in "[{'\"" and key.lstrip("+").partition(".")[0] == key:
-            for choice in value.split(","):
-                hydra_words([f"{key}={choice.strip()}"])
-            result.append(word if not hydra_words([f"{key}={value.split(',')[0]}"])[0].startswith("++") else f"++{word}")
-        elif "," in value or "(" in value:
-            result.append(hydra_words([f"{key}=0"])[0].removesuffix("0") + value)
-        else:
+        key, value, is_group = split_word(word)
+        if not any(sign in value for sign in ",("):
             result += hydra_words([word])
+            continue
+        if is_group and value[:1] != "[" and "(" not in value:
+            for choice in value.split(","):
+                check_choice(key, choice.strip())
+        result.append(f"{key}={value}")
     return result
 
 

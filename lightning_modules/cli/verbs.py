@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from penstock.lightning_modules.cli.compose import SUGAR, compose, new_run_dir
@@ -47,7 +48,7 @@ def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
         run_dir = os.environ.get("RUN_DIR") or str(run if verb == "fit" else run / verb)
         return [verb, "--config", str(run / "config.yaml"), *_as_flags(words)], run_dir
     if dialect:
-        config = _value(words, "config") or next((w2 for w1, w2 in zip(words, words[1:]) if w1 == "--config"), None)
+        config = _value(words, "config") or next((b for a, b in pairwise(words) if a == "--config"), None)
         name = Path(config).resolve().parent.parent.name if config else verb
         return [verb, *_as_flags(words)], new_run_dir(name)
     tree, name = compose(words)

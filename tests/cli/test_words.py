@@ -1,0 +1,139 @@
+"""Words -> tree: groups, flat keys, sugar, named callbacks and loggers; no torch import, instant."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.cli.compose import compose, nest_init_args, quoted
+from penstock.lightning_modules.cli.conf import groups, options
+from penstock.lightning_modules.errors import UserError
+
+
+def test_every_group_choice_composes():
+    for group in groups():
+        for name in options(group):
+            if group not in ("experiment", "table"):
+                compose([f"{group}={name}"])
+
+
+@pytest.mark.parametrize("name", list(options("experiment")))
+def test_every_experiment_composes_and_is_short(name):
+    tree, run = compose([f"experiment={name}"])
+    assert run == name
+    assert {"model", "data", "trainer"} <= tree.keys()
+    assert isinstance(tree["seed_everything"], int)
+    text = options("experiment")[name].read_text()
+    assert len(text.splitlines()) <= 40
+    assert f"penstock fit experiment={name}" in text
+
+
+def test_flat_keys_move_into_init_args_and_written_out_ones_win():
+    node = {"class_path": "a.B", "x": 1, "net": {"class_path": "c.D", "w": 2}, "init_args": {"x": 3}}
+    assert nest_init_args(node) == {
+        "class_path": "a.B",
+        "init_args": {"x": 3, "net": {"class_path": "c.D", "init_args": {"w": 2}}},
+    }
+
+
+@pytest.mark.parametrize("word", ["model.lr=0.5", "model.optimizer.lr=0.5", "++model.optimizer.init_args.lr=0.5"])
+def test_three_ways_to_say_the_learning_rate(word):
+    tree, _ = compose([word])
+    assert tree["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+
+
+def test_key_absent_from_the_files_needs_no_plus():
+    tree, _ = compose(["trainer.accumulate_grad_batches=3", "model.net.width=24"])
+    assert tree["trainer"]["accumulate_grad_batches"] == 3
+    assert tree["model"]["init_args"]["net"]["init_args"]["width"] == 24
+
+
+def test_callbacks_are_named_and_can_be_switched_off():
+    tree, _ = compose(["callbacks.progress=null", "callbacks.ema.decay=0.5", "logger=csv"])
+    classes = [c["class_path"].rpartition(".")[2] for c in tree["trainer"]["callbacks"]]
+    assert "RunProgress" not in classes
+    assert "EMA" in classes
+    assert [x["class_path"].rpartition(".")[2] for x in tree["trainer"]["logger"]] == ["RunLogger"]
+
+
+def test_several_perf_choices_at_once():
+    tree, _ = compose(["perf=[bf16,channels_last,compile]"])
+    perf = next(c for c in tree["trainer"]["callbacks"] if c["class_path"].endswith("Perf"))
+    assert perf["init_args"] == {"channels_last": True, "compile": True}
+    assert tree["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("value", ["runs/a/epoch=2-step=10.ckpt", "a b", "x:y", "it's"])
+def test_values_with_signs_of_the_grammar(value):
+    assert compose([f"ckpt_path={value}"])[0]["ckpt_path"] == value
+    assert quoted("3e-4") == "3e-4"
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("experiment=rectified_flow_digit", ["experiment=rectified_flow_digit", "did you mean 'rectified_flow_digits'?"]),
+        ("data=digitz", ["no conf/data/digitz.yaml", "did you mean 'digits'?"]),
+        ("perf=[bf61,compile]", ["perf=bf61", "did you mean 'bf16'?"]),
+        ("experimnt=x", ["'experimnt'", "did you mean 'experiment'?"]),
+        ("bogus=3", ["'bogus'", "unknown", "trainer"]),
+        ("experiment", ["'experiment'", "expected key=value"]),
+        ("data.batch_size=[1", ["configuration"]),
+    ],
+)
+def test_mistakes_name_the_place_and_the_nearest_choice(word, parts, capsys):
+    assert main(["fit", word]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_own_configuration_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  max_epochs: 7\n")
+    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path))
+    tree, name = compose(["experiment=mine"])
+    assert (tree["trainer"]["max_epochs"], name) == (7, "mine")
+    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path / "no"))
+    with pytest.raises(UserError, match="no such folder"):
+        compose([])
+
+
+def test_print_shows_the_tree_and_runs_nothing(capsys):
+    assert main(["fit", "trainer.max_epochs=3", "--print"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 3
+
+
+QUICK = (["--help"], ["list"], ["fit", "experiment=nothing"], ["fitt"], ["fit", "bogus=1"], ["compare", "nowhere"])
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_quick_answers_import_no_torch(words):
+    code = (
+        "import sys; from penstock.lightning_modules.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'wandb', 'hydra'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if words[0] in ("--help", "list") else 2), done.stderr
+
+
+def test_composing_needs_no_torch():
+    code = (
+        "import sys; from penstock.lightning_modules.cli.compose import compose; compose(['model.lr=1']);"
+        "assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_list_answers_each_kind(capsys):
+    for kind in ("experiments", "methods", "data", "kernels", "options", "tables"):
+        assert main(["list", kind]) == 0
+    out = capsys.readouterr().out
+    assert "rectified_flow" in out
+    assert "digits" in out
+    assert "philox" in out
+    assert main(["list", "methodz"]) == 2
+    assert "did you mean 'methods'?" in capsys.readouterr().err
