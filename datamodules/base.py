@@ -1,0 +1,272 @@
+"""What all kinds of data share: splits, loaders, ranks, seeds and the way onto the device."""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from penstock.datamodules.pixels import Pixels
+from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, Rows, guarded
+from penstock.kernels.philox import Draws
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+SPLITS = ("train", "val", "test", "all")
+Split = Literal["train", "val", "test", "all"]
+
+
+class Store(Protocol):
+    """All samples of a data set under one numbering, whatever split they belong to."""
+
+    def fetch(self, numbers: np.ndarray) -> dict[str, Tensor]: ...
+
+    def warm(self, numbers: np.ndarray) -> None: ...
+
+
+class TensorStore:
+    """Samples that lie in memory: tensors of equal length, by batch key."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def fetch(self, numbers: np.ndarray) -> dict[str, Tensor]:
+        rows = torch.from_numpy(numbers)
+        return {key: value[rows] for key, value in self.tensors.items()}
+
+    def warm(self, numbers: np.ndarray) -> None:
+        """Nothing to read ahead."""
+
+
+class View:
+    """The samples of one split: `numbers` `(n,)` of a store. Batches carry them as `index`."""
+
+    def __init__(self, store: Store, numbers: np.ndarray) -> None:
+        self.store, self.numbers = store, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def fetch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        numbers = self.numbers[rows]
+        return {**self.store.fetch(numbers), "index": torch.from_numpy(numbers)}
+
+
+class KindDataModule(LightningDataModule):
+    """One kind of data. A subclass implements `build` (and `prepare_data` where something is downloaded).
+
+    After `setup`: `shape` of one sample, `num_classes` (0 = no labels), `class_names`, `fingerprint`, `levels` (grey
+    levels of raw images, 0 for data without levels). A data set without a test split uses its held-out split as test.
+
+    Args:
+        batch_size: global training batch, divided over the ranks.
+        eval_batch_size: global batch of evaluation; `None` = `batch_size`.
+        num_workers: worker processes a rank; 0 reads in the training process.
+        seed: key of the order and of augmentations; `None` = the seed of the run.
+        pixels: raw levels to float; `None` for data that is float already.
+
+    Raises:
+        UserError: a batch size below 1 or a negative seed.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    class_names: list[str]
+    fingerprint: str
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        seed: int | None,
+        pixels: Pixels | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"data.{key}: found {value}, expected at least {least}")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed, self.pixels = num_workers, seed, pixels
+        self.store: Store | None = None
+        self.numbers: dict[str, np.ndarray] = {}
+
+    def build(self) -> tuple[Store, dict[str, np.ndarray]]:
+        """Opens the data, sets the attributes of the contract, returns the store and the numbers of train/val/test."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> int:
+        return self.pixels.levels if self.pixels else 0
+
+    @property
+    def run_seed(self) -> int:
+        """`seed`, or the seed that `seed_everything` left in the environment, or 0."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(rank, world) among the processes that share a batch."""
+        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
+
+    def setup(self, stage: str | None = None) -> None:
+        _, world = self.ranks
+        if self.batch_size % world:
+            below = self.batch_size // world * world
+            near = " or ".join(str(n) for n in (below, below + world) if n)
+            raise UserError(
+                f"data.batch_size: found {self.batch_size}, which {world} ranks cannot share evenly; nearest: {near}"
+            )
+        if self.eval_batch_size < world:
+            raise UserError(
+                f"data.eval_batch_size: found {self.eval_batch_size}, expected at least one sample for each of the "
+                f"{world} ranks"
+            )
+        if self.store is None:
+            self.store, self.numbers = self.build()
+
+    def view(self, split: Split) -> View:
+        """The samples of one split, each under its number in the whole data set.
+
+        Raises:
+            UserError: unknown split, or a split without samples.
+        """
+        if split not in SPLITS:
+            raise UserError(f"split: found '{split}', expected one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
+        if split == "all":
+            numbers = np.unique(np.concatenate(list(self.numbers.values())))
+        else:
+            numbers = self.numbers[split]
+            if split == "test" and not len(numbers):
+                numbers = self.numbers["val"]
+        if not len(numbers):
+            raise UserError(f"{type(self).__name__}: the '{split}' split is empty; set data.val_fraction above 0")
+        self.store.warm(numbers)
+        return View(self.store, numbers)
+
+    def train_dataloader(self) -> KeyedLoader:
+        return self.loader(self.view("train"), self.train_batches(len(self.numbers["train"])))
+
+    def val_dataloader(self) -> KeyedLoader | list:
+        return self._eval_loader("val") if len(self.numbers["val"]) else []
+
+    def test_dataloader(self) -> KeyedLoader:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> KeyedLoader:
+        return self._eval_loader("test")
+
+    def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
+        """Every sample of `split` once over all ranks, in order, as final float images: no augmentation ever."""
+        view = self.view(split)
+        return self.loader(view, self.eval_batches(len(view)), partial(_scaled, pixels=self.pixels))
+
+    def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as evaluation sees it: `image` scaled to [-1, 1]. A scaled batch is left alone."""
+        return _scaled(batch, self.pixels)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Scales raw images; in training also flips and dequantises, keyed by (seed, epoch, index)."""
+        raw = batch.get("image")
+        if self.trainer is None or not self.trainer.training or raw is None or raw.is_floating_point():
+            return self.finished(batch)
+        return {**batch, "image": self.pixels.augment(raw, self.draws(batch["index"]))}
+
+    def draws(self, index: Tensor) -> Draws:
+        """Random numbers of this epoch for samples `index` `(B,)`."""
+        return Draws(self.run_seed, self.trainer.current_epoch, index)
+
+    def train_batches(self, size: int) -> KeyedBatchSampler:
+        """Shuffled batches of `size` samples; in file order when Lightning overfits a few batches."""
+        if size < self.batch_size:
+            raise UserError(
+                f"data.batch_size: found {self.batch_size}, but the training split holds {size} samples; "
+                f"expected at most {size}"
+            )
+        rank, world = self.ranks
+        shuffle = not (self.trainer and self.trainer.overfit_batches)
+        sampler = KeyedSampler(size, seed=self.run_seed, shuffle=shuffle)
+        return KeyedBatchSampler(sampler, self.batch_size, rank=rank, world=world, drop_last=True)
+
+    def eval_batches(self, size: int) -> KeyedBatchSampler:
+        """Ordered batches of `size` samples, each sample once over all ranks."""
+        rank, world = self.ranks
+        if size < world:
+            raise UserError(f"{type(self).__name__}: a split of {size} samples cannot be shared by {world} ranks")
+        return KeyedBatchSampler(KeyedSampler(size), self.eval_batch_size, rank=rank, world=world)
+
+    def loader(self, rows: Rows, batches: KeyedBatchSampler, collate=None) -> KeyedLoader:
+        """A loader of whole batches; `collate` is applied to each where it is read."""
+        return KeyedLoader(
+            guarded(rows),
+            batch_sampler=batches,
+            collate_fn=collate or _as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.run_seed),
+        )
+
+    def _eval_loader(self, split: Split) -> KeyedLoader:
+        view = self.view(split)
+        return self.loader(view, self.eval_batches(len(view)))
+
+
+def held_out(size: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held): a fixed random split of 0 .. size-1 into ascending numbers, the same for every seed of a run.
+
+    Raises:
+        UserError: `fraction` outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.val_fraction: found {fraction}, expected a number in [0, 1)")
+    shuffled = np.random.default_rng(0).permutation(size)
+    count = max(round(size * fraction), 1) if fraction else 0
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def fingerprint(*parts: object) -> str:
+    """First 16 hex digits of the SHA-256 of `parts`; arrays and bytes count by content, the rest by `repr`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else part
+        content = content if isinstance(content, bytes) else repr(content).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()[:16]
+
+
+def find_folder(name: str, data_dir: str | Path | None) -> Path | None:
+    """`data_dir`, or the folder `$PENSTOCK_DATA/<name>` where there is one.
+
+    Raises:
+        UserError: `data_dir` is given and is not a folder.
+    """
+    if data_dir is not None:
+        if not (folder := Path(data_dir).expanduser()).is_dir():
+            raise UserError(f"data.data_dir: no folder at {folder.absolute()}; expected the data of '{name}' there")
+        return folder
+    root = os.environ.get("PENSTOCK_DATA")
+    folder = Path(root).expanduser() / name if root else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _scaled(batch: dict[str, Any], pixels: Pixels | None) -> dict[str, Any]:
+    raw = batch.get("image")
+    if raw is None or raw.is_floating_point():
+        return batch
+    return {**batch, "image": pixels.scale(raw)}
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

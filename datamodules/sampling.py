@@ -1,0 +1,172 @@
+"""Which sample comes when: orders keyed by (seed, epoch), shares of ranks, and a loader that can be resumed."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from penstock.lightning_modules.errors import UserError
+
+
+class Rows(Protocol):
+    """What a loader reads from: a length and whole batches by row number."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: np.ndarray) -> dict[str, Any]: ...
+
+
+class KeyedSampler(Sampler[int]):
+    """Order of `size` samples: a permutation that depends on (seed, epoch) alone, or 0 .. size-1.
+
+    Lightning calls `set_epoch` before every epoch.
+    """
+
+    def __init__(self, size: int, *, seed: int = 0, shuffle: bool = False) -> None:
+        self.size, self.seed, self.shuffle, self.epoch = size, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> np.ndarray:
+        """Row numbers of this epoch, int64 `(size,)`."""
+        if not self.shuffle:
+            return np.arange(self.size)
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class KeyedBatchSampler(Sampler[np.ndarray]):
+    """One rank's contiguous share of every global batch.
+
+    Global batch k is `order[k B : (k + 1) B]` whatever the number of ranks. In training (`drop_last`) the incomplete
+    batch at the end is dropped. In evaluation every sample comes exactly once; a remainder with fewer samples than
+    ranks joins the batch before it, so that all ranks have the same number of batches and none is empty.
+
+    Args:
+        sampler: order of the epoch.
+        batch_size: global batch B, at least `world`.
+        rank: this process, 0 .. world-1.
+        world: number of processes that share the batch.
+        drop_last: training rule (drop) or evaluation rule (join).
+
+    Raises:
+        ValueError: fewer samples, or a smaller batch, than ranks.
+    """
+
+    def __init__(
+        self, sampler: KeyedSampler, batch_size: int, *, rank: int = 0, world: int = 1, drop_last: bool = False
+    ) -> None:
+        size = len(sampler)
+        if min(batch_size, size) < world:
+            raise ValueError(f"{size} samples in batches of {batch_size} cannot be shared by {world} ranks")
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+        self.rank, self.world = rank, world
+        self.start = 0
+        whole, rest = divmod(size, batch_size)
+        self._edges = [k * batch_size for k in range(whole + 1)]
+        if rest and not drop_last:
+            if rest < world:
+                self._edges.pop()
+            self._edges.append(size)
+
+    def share(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's contiguous part of one global batch."""
+        return batch[len(batch) * self.rank // self.world : len(batch) * (self.rank + 1) // self.world]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = self.sampler.order()
+        first, self.start = self.start, 0
+        return (self.share(order[a:b]) for a, b in zip(self._edges[first:-1], self._edges[first + 1 :]))
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+
+class PartneredBatchSampler(KeyedBatchSampler):
+    """Adds to every row an independent uniform row of another set, keyed by (seed, epoch, row).
+
+    Yields int64 `(2, b)`: rows of the own set, rows of the other set (which has `others` samples).
+    """
+
+    def __init__(self, sampler: KeyedSampler, batch_size: int, *, others: int, rank: int, world: int, drop_last: bool):
+        super().__init__(sampler, batch_size, rank=rank, world=world, drop_last=drop_last)
+        self.others = others
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        key = (self.sampler.seed, self.sampler.epoch, 1)
+        partner = np.random.default_rng(key).integers(self.others, size=len(self.sampler))
+        return (np.stack((rows, partner[rows])) for rows in super().__iter__())
+
+
+class _Guarded(Dataset):
+    """Hands a `UserError` over as a value, for a worker process would bury its line in a traceback."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {k: v[0] for k, v in self.rows.fetch(np.array([row])).items()}
+
+    def __getitems__(self, rows: np.ndarray) -> dict[str, Any] | UserError:
+        try:
+            return self.rows.fetch(np.asarray(rows))
+        except UserError as error:
+            return error
+
+
+def guarded(rows: Rows) -> Dataset:
+    """`rows` as a data set for `KeyedLoader`."""
+    return _Guarded(rows)
+
+
+class KeyedLoader(DataLoader):
+    """DataLoader over a `KeyedBatchSampler` that counts its batches, so that a run resumes in the middle of an epoch.
+
+    Lightning stores `state_dict()` with the training loop. It makes the iterator before it sets the epoch, so the
+    epoch is read at the first batch. A state of another epoch starts that epoch from its beginning.
+    """
+
+    _batches = 0
+    _epoch = 0
+    _resume: dict[str, int] | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain numbers: epoch, batches handed out in it, and batches of a whole epoch."""
+        return {"epoch": self._epoch, "batches": self._batches, "length": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues after the batches that `state` counts, in its epoch unless another is set before iteration."""
+        self._resume = dict(state)
+        self._epoch, self._batches = state["epoch"], state["batches"]
+        self.batch_sampler.sampler.set_epoch(state["epoch"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._run()
+
+    def _run(self) -> Iterator[dict[str, Any]]:
+        state, self._resume = self._resume, None
+        self._epoch, self._batches = self.batch_sampler.sampler.epoch, 0
+        if state and state["epoch"] == self._epoch:
+            if state["length"] != len(self):
+                raise UserError(
+                    f"the checkpoint stopped after {state['batches']} of {state['length']} batches of epoch "
+                    f"{self._epoch}, but this run has {len(self)} an epoch: resume with the data and data.batch_size "
+                    "of that run"
+                )
+            self._batches = state["batches"]
+        self.batch_sampler.start = self._batches
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            self._batches += 1
+            yield batch
