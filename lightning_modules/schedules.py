@@ -1,0 +1,58 @@
+"""Learning-rate schedules by optimiser step, for `LRSchedulerCallable` arguments (use `interval: step`)."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class LinearWarmup(LRScheduler):
+    """lr = base * min(n / warmup, 1) in update n = 0, 1, ...: the first update has lr 0 (arXiv 2209.03003 recipe).
+
+    Args:
+        optimizer: its learning rates are the base.
+        warmup: updates until the base is reached; 0 = constant.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int = 0):
+        if warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {warmup}")
+        self.warmup = warmup
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rates of the next update, one for each parameter group."""
+        factor = min(self.last_epoch / self.warmup, 1.0) if self.warmup else 1.0
+        return [base * factor for base in self.base_lrs]
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up, then half a cosine down to `floor` (arXiv 1608.03983 eq. 5, one cycle).
+
+    In update n: n / warmup before `warmup`; floor + (1 - floor) (1 + cos(pi (n - warmup) / (total - warmup))) / 2 up to
+    `total`; floor after it; all times the base.
+
+    Args:
+        optimizer: its learning rates are the base.
+        total: updates until `floor` is reached.
+        warmup: updates until the base is reached.
+        floor: last learning rate as a fraction of the base, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int, warmup: int = 0, floor: float = 0.0):
+        if not 0 <= warmup < total:
+            raise ValueError(f"0 <= warmup < total must hold, got warmup={warmup}, total={total}")
+        if not 0 <= floor <= 1:
+            raise ValueError(f"floor must lie in [0, 1], got {floor}")
+        self.total, self.warmup, self.floor = total, warmup, floor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rates of the next update, one for each parameter group."""
+        n = self.last_epoch
+        if n < self.warmup:
+            factor = n / self.warmup
+        else:
+            phase = min((n - self.warmup) / (self.total - self.warmup), 1.0)
+            factor = self.floor + (1 - self.floor) * (1 + math.cos(math.pi * phase)) / 2
+        return [base * factor for base in self.base_lrs]

@@ -1,0 +1,204 @@
+"""Official checkpoints of Rectified Flow (arXiv 2209.03003, `gnobitab/RectifiedFlow`) for our NCSN++.
+
+An official file is a dict `optimizer`, `model`, `ema`, `step`. `model` is the state dict of a DataParallel network
+(prefix `module.`; layers `all_modules.<index>.<name>`, buffer `sigmas`). `ema["shadow_params"]` is a list without names
+that follows the trainable parameters of `model`; the frozen Fourier frequencies exist in `model` only.
+
+    net = pretrained("checkpoint_8.pth")                        # also a class_path for a net in YAML
+    flow.net.load_state_dict(load("checkpoint_8.pth"))          # into a module that holds a fitting net
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.ncsnpp import NCSNpp, ddpmpp_cifar10, ncsnpp_256
+
+PRESETS: dict[str, Callable[..., NCSNpp]] = {"ddpmpp_cifar10": ddpmpp_cifar10, "ncsnpp_256": ncsnpp_256}
+FROZEN = "all_modules.0.W"
+BLOCK = {"GroupNorm_0": "norm0", "Conv_0": "conv0", "Dense_0": "time", "GroupNorm_1": "norm1", "Conv_1": "conv1"}
+BLOCK |= {"Conv_2": "shortcut"}
+ATTENTION = {"GroupNorm_0": "norm", "NIN_0": "query", "NIN_1": "key", "NIN_2": "value", "NIN_3": "out"}
+COMBINE = {"Conv_0": "conv"}
+BACK = {ours: theirs for table in (BLOCK, ATTENTION, COMBINE) for theirs, ours in table.items()}
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our NCSNpp state dict from an official one, with or without the prefix `module.`; `sigmas` is left out.
+
+    Raises:
+        UserError: a key is not of the official layout.
+    """
+    plain = {key.removeprefix("module."): value for key, value in state.items()}
+    plain.pop("sigmas", None)
+    parts = {key: _split(key, "all_modules") for key in plain}
+    inner = {}
+    for index, layer, _ in parts.values():
+        inner.setdefault(index, set()).add(layer)
+    out = {}
+    for key, (index, layer, leaf) in parts.items():
+        table = ATTENTION if "NIN_0" in inner[index] else BLOCK if "Dense_0" in inner[index] else COMBINE
+        leaf = {"W": "weight", "b": "bias"}.get(leaf, leaf)
+        if (layer and layer not in table) or leaf not in ("weight", "bias"):
+            raise UserError(f"unexpected entry '{key}' in a layer with {', '.join(sorted(inner[index]))}")
+        ours = f"layers.{index}.{table[layer]}.{leaf}" if layer else f"layers.{index}.{leaf}"
+        out[ours] = plain[key].T.contiguous() if layer.startswith("NIN_") and leaf == "weight" else plain[key]
+    return out
+
+
+def invert(state: Mapping[str, Tensor], num_scales: int = 1000, sigma_max: float = 50.0) -> dict[str, Tensor]:
+    """The official state dict (no prefix) from ours: the inverse of `convert`.
+
+    Args:
+        state: state dict of an unconditional NCSNpp.
+        num_scales: length of `sigmas`: 1000 for CIFAR-10, 2000 at 256 px.
+        sigma_max: first of `sigmas`, geometric down to 0.01: 50 for CIFAR-10, 378 at 256 px.
+
+    Raises:
+        UserError: a key is not one of an unconditional NCSNpp.
+    """
+    sigmas = torch.linspace(math.log(sigma_max), math.log(0.01), num_scales, dtype=torch.float64).exp()
+    out = {"sigmas": sigmas}
+    for key, value in state.items():
+        index, layer, leaf = _split(key, "layers")
+        if (layer and layer not in BACK) or leaf not in ("weight", "bias"):
+            raise UserError(f"unexpected entry '{key}' in the state dict of an NCSNpp")
+        theirs = BACK.get(layer, "")
+        if theirs.startswith("NIN_"):
+            leaf = {"weight": "W", "bias": "b"}[leaf]
+        elif index == 0 and value.ndim == 1 and leaf == "weight":
+            leaf = "W"
+        key = ".".join(filter(None, ("all_modules", str(index), theirs, leaf)))
+        out[key] = value.T.contiguous() if theirs.startswith("NIN_") and leaf == "W" else value
+    return out
+
+
+def load(path: str | Path, which: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
+    """Our NCSNpp state dict from an official checkpoint file.
+
+    Args:
+        path: file `checkpoint_<k>.pth`. Only tensors and plain containers are read, no code is run.
+        which: averaged weights (for sampling and for making pairs), or the raw ones (from which reflow starts).
+
+    Raises:
+        UserError: the file is absent, cut short, holds other objects, or has another layout.
+    """
+    content = _read(Path(path))
+    model = content["model"]
+    if which == "raw":
+        return _named(path, convert, model)
+    names = [key for key in model if key.removeprefix("module.") not in ("sigmas", FROZEN)]
+    shadow = content["ema"]["shadow_params"]
+    if len(shadow) != len(names):
+        raise UserError(f"{path}: ema.shadow_params has {len(shadow)} tensors, expected {len(names)} as in model")
+    for name, value in zip(names, shadow):
+        if value.shape != model[name].shape:
+            found, expected = tuple(value.shape), tuple(model[name].shape)
+            raise UserError(f"{path}: ema.shadow_params for {name} has shape {found}, expected {expected}")
+    return _named(path, convert, {**model, **dict(zip(names, shadow))})
+
+
+def detect(state: Mapping[str, Tensor]) -> str:
+    """Name of the preset in `PRESETS` whose state dict has the keys and shapes of `state` (in our names).
+
+    Raises:
+        UserError: none fits; the message names the first difference from the nearest preset.
+    """
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    differences = {}
+    for name, build in PRESETS.items():
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in build().state_dict().items()}
+        differences[name] = [k for k in {**expected, **found} if expected.get(k) != found.get(k)]
+        if not differences[name]:
+            return name
+        differences[name].append(expected)
+    name = min(differences, key=lambda n: len(differences[n]))
+    key, expected = differences[name][0], differences[name][-1]
+    raise UserError(
+        f"official checkpoint fits none of {', '.join(PRESETS)}; nearest is {name}, where {key} has shape "
+        f"{expected.get(key, 'none (no such entry)')} but the checkpoint has {found.get(key, 'none (no such entry)')}"
+    )
+
+
+def pretrained(path: str, which: Literal["ema", "raw"] = "ema", dropout: float = 0.0, centred: bool = True) -> NCSNpp:
+    """An NCSNpp with the weights of an official checkpoint; the preset is found from the shapes.
+
+    Args:
+        path: official file `checkpoint_<k>.pth`.
+        which: averaged or raw weights.
+        dropout: for further training.
+        centred: False for LSUN church and bedroom, whose data lie in [0, 1]; the file does not tell.
+
+    Raises:
+        UserError: see `load` and `detect`.
+    """
+    state = load(path, which)
+    net = PRESETS[_named(path, detect, state)](dropout=dropout)
+    net.centred = centred
+    net.load_state_dict(state)
+    return net
+
+
+def load_into(net: nn.Module, path: str | Path, which: Literal["ema", "raw"] = "ema") -> None:
+    """Load an official checkpoint into `net`, an NCSNpp of any size.
+
+    Raises:
+        UserError: see `load`; or the network has other keys or shapes than the checkpoint.
+    """
+    state = load(path, which)
+    expected = net.state_dict()
+    for key in {**expected, **state}:
+        here, there = (tuple(d[key].shape) if key in d else "no such entry" for d in (expected, state))
+        if here != there:
+            raise UserError(f"{path}: {key}: found {there}, expected {here} in {type(net).__name__}")
+    net.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected an official Rectified Flow checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds objects other than tensors, or is damaged; refused ({_first(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read, probably cut short ({_first(error)})") from error
+    keys = sorted(content) if isinstance(content, dict) and all(isinstance(k, str) for k in content) else []
+    if not {"model", "ema"} <= set(keys):
+        found = ", ".join(keys[:6]) or type(content).__name__
+        raise UserError(f"{path}: found {found}; expected a dict with model and ema (official Rectified Flow layout)")
+    model, ema = content["model"], content["ema"]
+    if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
+        raise UserError(f"{path}: model is not a state dict of tensors")
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not all(isinstance(v, Tensor) for v in shadow):
+        raise UserError(f"{path}: ema.shadow_params is not a list of tensors")
+    return content
+
+
+def _named(path: str | Path, function: Callable, state: Mapping[str, Tensor]) -> Any:
+    try:
+        return function(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _split(key: str, root: str) -> tuple[int, str, str]:
+    match = re.fullmatch(rf"{root}\.(\d+)\.(?:(\w+)\.)?(\w+)", key)
+    if match is None:
+        raise UserError(f"unexpected key '{key}', expected '{root}.<index>.<name>' of an unconditional NCSN++")
+    return int(match[1]), match[2] or "", match[3]

@@ -1,0 +1,78 @@
+"""Learning-rate schedules."""
+
+import math
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LRSchedulerCallable
+
+from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine
+
+
+def rates(build, steps):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = build(optimizer)
+    out = []
+    for _ in range(steps):
+        out.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return out
+
+
+def test_linear_warmup_starts_at_zero():
+    found = rates(lambda o: LinearWarmup(o, 4), 7)
+    assert [a for a, _ in found] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [b for _, b in found] == pytest.approx([0.1 * a for a, _ in found])
+
+
+def test_no_warmup_is_constant():
+    assert rates(LinearWarmup, 3) == [[1.0, 0.1]] * 3
+
+
+def test_cosine_with_warmup():
+    found = [a for a, _ in rates(lambda o: WarmupCosine(o, total=10, warmup=2, floor=0.1), 13)]
+    expected = [0, 0.5] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)] + [0.1] * 3
+    assert found == pytest.approx(expected)
+
+
+def test_resumed_schedule_continues():
+    def build():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return optimizer, WarmupCosine(optimizer, total=10, warmup=2)
+
+    optimizer, schedule = build()
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    other_optimizer, other = build()
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(schedule.state_dict())
+    for o, s in ((optimizer, schedule), (other_optimizer, other)):
+        o.step()
+        s.step()
+    assert schedule.get_last_lr() == other.get_last_lr() == [pytest.approx((1 + math.cos(math.pi * 4 / 8)) / 2)]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda o: LinearWarmup(o, -1), "warmup must not be negative, got -1"),
+        (lambda o: WarmupCosine(o, 5, 5), "got warmup=5, total=5"),
+        (lambda o: WarmupCosine(o, 5, floor=2.0), r"floor must lie in \[0, 1\], got 2.0"),
+    ],
+)
+def test_errors_are_clear(build, message):
+    with pytest.raises(ValueError, match=message):
+        rates(build, 1)
+
+
+def test_usable_as_scheduler_callable():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--scheduler", type=LRSchedulerCallable)
+    path = "penstock.lightning_modules.schedules.LinearWarmup"
+    config = parser.parse_object({"scheduler": {"class_path": path, "init_args": {"warmup": 2}}})
+    found = rates(parser.instantiate(config).scheduler, 3)
+    assert [a for a, _ in found] == [0, 0.5, 1]
