@@ -1,0 +1,116 @@
+"""Pictures of samples, drawn from the same noise every time."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from penstock.lightning_modules.callbacks.generation import EvaluationCallback, generate
+from penstock.lightning_modules.callbacks.ranks import gather_rows
+from penstock.lightning_modules.errors import UserError
+
+TILE = 64
+
+
+class SampleGrid(EvaluationCallback):
+    """A grid of samples, one class per column: `samples/step_<global step>.png` in the run folder, and in the loggers.
+
+    The noise depends on `seed` only, so that pictures of one run show the same samples improving. Small images are
+    enlarged without smoothing. Points `(B, 2)` give a scatter plot; a video's frames make a row. After `test` the file
+    is `samples/test.png`, after `validate` `samples/validate.png`.
+    """
+
+    def __init__(self, rows: int = 8, cols: int = 10, steps: int = 20, every_n_validations: int = 1, seed: int = 0):
+        """Sets what is drawn.
+
+        Args:
+            rows: of the grid.
+            cols: of the grid; column `c` holds class `c % num_classes` of a conditional module.
+            steps: solver steps.
+            every_n_validations: 0 = only after `validate` and `test`.
+            seed: of the noise.
+
+        Raises:
+            UserError: for rows, cols or steps below 1.
+        """
+        super().__init__(every_n_validations)
+        for name, value in {"rows": rows, "cols": cols, "steps": steps}.items():
+            if value < 1:
+                raise UserError(f"{name}: {value} given, expected at least 1")
+        self.rows, self.cols, self.steps, self.seed = rows, cols, steps, seed
+
+    @property
+    def state_key(self) -> str:
+        """Differs between two of these in one run."""
+        return self._generate_state_key(rows=self.rows, cols=self.cols, steps=self.steps, seed=self.seed)
+
+    def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws on all ranks; rank 0 writes."""
+        n = self.rows * self.cols
+        columns = torch.arange(n) % self.cols
+        labels = columns % pl_module.num_classes if pl_module.num_classes else None
+        context = trainer.precision_plugin.forward_context
+        chunks = [(s.index, s.data.float()) for s in generate(pl_module, n, self.steps, self.seed, labels, context)]
+        own = tuple(torch.cat(column) for column in zip(*chunks)) or (torch.empty(0, dtype=torch.int64), None)
+        rows = gather_rows(*own)
+        if rows is None:
+            return
+        picture = draw(rows[1], self.cols, labels)
+        names = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "validate"}
+        name = names.get(trainer.state.fn, f"step_{trainer.global_step:06d}")
+        folder = Path(trainer.default_root_dir, "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}.png")
+        _send(trainer, picture)
+
+
+def draw(samples: Tensor, cols: int, labels: Tensor | None) -> Image.Image:
+    """One picture of a set of samples.
+
+    Args:
+        samples: images `(n, C, H, W)` or videos `(n, T, C, H, W)` in [-1, 1], or points `(n, 2)`.
+        cols: images in a row.
+        labels: `(n,)` for the colours of points; None = one colour.
+
+    Raises:
+        UserError: for samples of another shape.
+    """
+    if samples.ndim == 2 and samples.shape[1] == 2:
+        return _scatter(samples, labels)
+    if samples.ndim == 5:
+        samples, cols = samples.flatten(0, 1), samples.shape[1]
+    if samples.ndim != 4 or samples.shape[1] not in (1, 3):
+        raise UserError(
+            f"SampleGrid: samples of shape {tuple(samples.shape[1:])}, expected (1 or 3, H, W), video or (2,)"
+        )
+    factor = max(1, TILE // max(samples.shape[-2:]))
+    pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+    return Image.fromarray(make_grid(pixels, nrow=cols, padding=2).permute(1, 2, 0).numpy())
+
+
+def _scatter(points: Tensor, labels: Tensor | None) -> Image.Image:
+    figure = Figure(figsize=(5, 5), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x, y = points.numpy().T
+    axes.scatter(x, y, s=4, c=None if labels is None else labels.numpy(), cmap=None if labels is None else "tab10")
+    axes.set_aspect("equal", adjustable="datalim")
+    figure.tight_layout()
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _send(trainer: pl.Trainer, picture: Image.Image) -> None:
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image("samples", [picture], step=trainer.global_step)
+        elif hasattr(logger.experiment, "add_image"):
+            logger.experiment.add_image("samples", np.asarray(picture), trainer.global_step, dataformats="HWC")

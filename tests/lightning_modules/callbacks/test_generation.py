@@ -1,0 +1,154 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from penstock.lightning_modules.callbacks import generation
+from penstock.lightning_modules.callbacks.generation import GenerationMetrics, balanced_labels, generate
+from penstock.lightning_modules.errors import UserError
+
+
+class Spy:
+    """A metric that remembers what it was given."""
+
+    def __init__(self):
+        self.sets, self.checked = [], 0
+
+    def check(self, trainer, pl_module):
+        self.checked += 1
+
+    def reset(self, device):
+        self.sets.append([])
+
+    def update(self, samples):
+        self.sets[-1].append(samples)
+
+    def compute(self, trainer):
+        return {"mean": float(torch.cat([s.data for s in self.sets[-1]]).mean())}
+
+    def constants(self, trainer):
+        return {"spy/constant": 1.5}
+
+
+def one_set(module, n, labels, seed=0, steps=2):
+    chunks = list(generate(module, n, steps, seed, labels))
+    return torch.cat([c.index for c in chunks]), torch.cat([c.data for c in chunks])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_ranks_makes_the_same_set(fakes, monkeypatch, world):
+    module, _ = fakes.digits_module_and_data()
+    labels = balanced_labels(640, 10)
+    _, alone = one_set(module, 640, labels)
+    together = torch.full_like(alone, torch.nan)
+    calls = []
+    for rank in range(world):
+        monkeypatch.setattr(generation, "rank_and_world", lambda rank=rank: (rank, world))
+        module.calls.clear()
+        for chunk in generate(module, 640, 2, 0, labels):
+            assert torch.isnan(together[chunk.index]).all()
+            together[chunk.index] = chunk.data
+        calls.append(len(module.calls))
+    assert torch.equal(together, alone)
+    assert len(set(calls)) == 1
+
+
+def test_samples_are_balanced_clamped_and_repeatable(fakes):
+    module, _ = fakes.digits_module_and_data(scale=4.0)
+    chunks = list(generate(module, 605, 1, 7, balanced_labels(605, 10)))
+    assert [len(c.index) for c in chunks] == [250, 250, 105]
+    labels = torch.cat([c.label for c in chunks])
+    assert torch.equal(labels, torch.arange(605) % 10)
+    data = torch.cat([c.data for c in chunks])
+    assert data.min() == -1
+    assert data.max() == 1
+    assert torch.equal(data, one_set(module, 605, balanced_labels(605, 10), seed=7, steps=1)[1])
+    assert not torch.equal(data, one_set(module, 605, balanced_labels(605, 10), seed=8, steps=1)[1])
+    assert not torch.equal(chunks[0].data, chunks[1].data)
+
+
+def test_points_are_not_clamped_and_have_no_labels(fakes):
+    module = fakes.FakeModule(torch.full((5, 2), 7.0), None)
+    (chunk,) = generate(module, 4, 1, 0, balanced_labels(4, module.num_classes))
+    assert chunk.label is None
+    assert chunk.data.min() > 1
+
+
+def test_modes_and_global_random_state_are_as_before(fakes):
+    module, _ = fakes.digits_module_and_data()
+    module.train()
+    module.dropout.eval()
+    before = torch.get_rng_state()
+    chunks = generate(module, 300, 1, 0, balanced_labels(300, 10))
+    data = next(chunks).data
+    assert not data.requires_grad
+    assert module.training
+    assert not module.dropout.training
+    assert torch.equal(before, torch.get_rng_state())
+    assert module.calls == [(250, 1, False)]
+
+
+def test_metrics_share_one_set_and_are_named_by_network_calls(fakes, tmp_path):
+    module, data = fakes.digits_module_and_data()
+    first, second = Spy(), Spy()
+    callback = GenerationMetrics([first, second], steps=[1, 4], n=30)
+    trainer = fakes.quiet_trainer(tmp_path, [callback])
+    trainer.fit(module, datamodule=data)
+    assert [steps for _, steps, _ in module.calls] == [1, 4]
+    assert first.sets[0][0].data is second.sets[0][0].data
+    assert {"mean/1", "mean/4", "spy/constant"} <= set(trainer.callback_metrics)
+    assert float(trainer.callback_metrics["mean/4"]) == pytest.approx(float(first.sets[1][0].data.mean()), rel=1e-6)
+    assert float(trainer.callback_metrics["spy/constant"]) == 1.5
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, 0), (1, 4), (2, 2), (3, 1)])
+def test_every_kth_validation_and_never_in_the_sanity_check(fakes, tmp_path, every, expected):
+    module, data = fakes.digits_module_and_data()
+    spy = Spy()
+    callback = GenerationMetrics([spy], steps=[1], n=2, every_n_validations=every)
+    trainer = fakes.quiet_trainer(tmp_path, [callback], max_epochs=2, val_check_interval=4)
+    trainer.fit(module, datamodule=data)
+    assert len(spy.sets) == expected
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert len(spy.sets) == expected + 2
+
+
+def test_a_resumed_run_counts_validations_on(fakes, tmp_path):
+    module, data = fakes.digits_module_and_data()
+    trainer = fakes.quiet_trainer(tmp_path, [GenerationMetrics([Spy()], steps=[1], n=2, every_n_validations=2)])
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    spy = Spy()
+    callback = GenerationMetrics([spy], steps=[1], n=2, every_n_validations=2)
+    trainer = fakes.quiet_trainer(tmp_path, [callback], max_epochs=2)
+    trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert len(spy.sets) == 1
+
+
+def test_averaged_weights_are_what_is_scored(fakes, tmp_path):
+    module = fakes.FakeModule(torch.zeros(4, 1, 2, 2), None, scale=0.0)
+    data = fakes.FakeData({"image": torch.zeros(64, 1, 2, 2)}, 0, "zeros")
+    average = EMAWeightAveraging(decay=0.5)
+    callback = GenerationMetrics([Spy()], steps=[1], n=2)
+    trainer = fakes.quiet_trainer(tmp_path, [callback, average])
+    trainer.fit(module, datamodule=data)
+    scored, last = float(trainer.callback_metrics["mean/1"]), float(average._average_model.module.weight.detach())
+    raw = 1 - 0.98**8
+    assert scored == pytest.approx(last)
+    assert abs(scored - raw) > 0.01
+    with pytest.raises(UserError, match="EMAWeightAveraging stands before GenerationMetrics"):
+        fakes.quiet_trainer(tmp_path, [average, callback]).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 1}, "n: 1 samples given"),
+        ({"steps": []}, r"steps: \[\] given"),
+        ({"steps": [4, 0]}, r"steps: \[4, 0\] given"),
+        ({"every_n_validations": -1}, "every_n_validations: -1 given"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerationMetrics(**({"metrics": [], "steps": [1]} | settings))
