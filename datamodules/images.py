@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class ImageStore:
         if self.kept is not None and self.ready[numbers].all():
             images = self.kept[rows]
         else:
-            images = torch.from_numpy(np.stack([self.decode(n) for n in numbers]))
+            images = torch.from_numpy(self._decode_all(numbers))
         return {"image": images} if self.labels is None else {"image": images, "label": self.labels[rows]}
 
     def warm(self, numbers: np.ndarray) -> None:
@@ -60,11 +59,14 @@ class ImageStore:
         missing = numbers[~self.ready[numbers]]
         if self.kept is None or not len(missing):
             return
+        blocks = np.array_split(missing, -(-len(missing) // 256))
         with ThreadPoolExecutor() as pool:
-            for block in np.array_split(missing, -(-len(missing) // 4096)):
-                images = np.stack(list(pool.map(self.decode, block, chunksize=64)))
+            for block, images in zip(blocks, pool.map(self._decode_all, blocks)):
                 self.kept[torch.from_numpy(block)] = torch.from_numpy(images)
         self.ready[missing] = True
+
+    def _decode_all(self, numbers: np.ndarray) -> np.ndarray:
+        return np.stack([self.decode(n) for n in numbers])
 
     def decode(self, number: int) -> np.ndarray:
         """One image as uint8 (C, H, W).
@@ -209,8 +211,8 @@ class Images(KindDataModule):
         folder = find_folder(short, self.data_dir)
         if folder is None and "/" not in self.name:
             raise UserError(
-                f"data.data_dir: no folder for '{self.name}' (looked for $PENSTOCK_DATA/{short}); set data.data_dir=FOLDER "
-                "or PENSTOCK_DATA, or give a hub id 'owner/set' as data.name"
+                f"data.data_dir: no folder for '{self.name}' (looked for $PENSTOCK_DATA/{short}); set "
+                "data.data_dir=FOLDER or PENSTOCK_DATA, or give a hub id 'owner/set' as data.name"
             )
         if folder is None or any(folder.rglob("*.parquet")):
             return open_tables(self.name, folder, self.image_column, self.label_column)

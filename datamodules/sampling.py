@@ -56,6 +56,8 @@ class KeyedBatchSampler(Sampler[np.ndarray]):
         world: number of processes that share the batch.
         drop_last: training rule (drop) or evaluation rule (join).
 
+    `start` is the first batch of the next iteration; `KeyedLoader` sets it.
+
     Raises:
         ValueError: fewer samples, or a smaller batch, than ranks.
     """
@@ -81,9 +83,8 @@ class KeyedBatchSampler(Sampler[np.ndarray]):
         return batch[len(batch) * self.rank // self.world : len(batch) * (self.rank + 1) // self.world]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = self.sampler.order()
-        first, self.start = self.start, 0
-        return (self.share(order[a:b]) for a, b in zip(self._edges[first:-1], self._edges[first + 1 :]))
+        order, edges = self.sampler.order(), self._edges[self.start :]
+        return (self.share(order[a:b]) for a, b in zip(edges, edges[1:]))
 
     def __len__(self) -> int:
         return len(self._edges) - 1
