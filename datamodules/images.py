@@ -72,12 +72,14 @@ class ImageStore:
         """One image as uint8 (C, H, W).
 
         Raises:
-            UserError: unreadable or truncated, another number of channels, another size; the image is named.
+            UserError: unreadable or truncated, not 8 bits, another number of channels, another size; the image is named.
         """
         which = int(np.searchsorted(self.first, number, side="right")) - 1
         source, row = self.sources[which], int(number - self.first[which])
         image = load_image(source, row)
         channels, height, width = self.shape
+        if image.mode[0] in "IF":
+            raise UserError(f"{source.where(row)}: found {image.mode} pixels, expected 8 bits a channel")
         if image.mode != MODE_OF[channels]:
             if not self.convert:
                 raise UserError(
