@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from penstock.datamodules.pixels import Pixels
-from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, Rows, guarded
+from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, PredictionLoader, Rows, guarded
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
@@ -164,8 +164,8 @@ class KindDataModule(LightningDataModule):
     def test_dataloader(self) -> KeyedLoader:
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> KeyedLoader:
-        return self._eval_loader("test")
+    def predict_dataloader(self) -> PredictionLoader:
+        return PredictionLoader(self._eval_loader("test"))
 
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
         """Every sample of `split` once over all ranks, in order, as final float images: no augmentation ever."""
@@ -196,7 +196,8 @@ class KindDataModule(LightningDataModule):
             )
         rank, world = self.ranks
         shuffle = not (self.trainer and self.trainer.overfit_batches)
-        sampler = KeyedSampler(size, seed=self.run_seed, shuffle=shuffle)
+        clock = (lambda: self.trainer.current_epoch) if self.trainer else None
+        sampler = KeyedSampler(size, seed=self.run_seed, shuffle=shuffle, clock=clock)
         return KeyedBatchSampler(sampler, self.batch_size, rank=rank, world=world, drop_last=True)
 
     def eval_batches(self, size: int) -> KeyedBatchSampler:

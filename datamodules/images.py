@@ -72,7 +72,7 @@ class ImageStore:
         """One image as uint8 (C, H, W).
 
         Raises:
-            UserError: unreadable or truncated, not 8 bits, another number of channels, another size; the image is named.
+            UserError: unreadable, truncated, not 8 bits, other channels, another size; the image is named.
         """
         which = int(np.searchsorted(self.first, number, side="right")) - 1
         source, row = self.sources[which], int(number - self.first[which])

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import numpy as np
 
 from penstock.datamodules.base import KindDataModule, Split, View, fingerprint
-from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, PartneredBatchSampler
+from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, PartneredBatchSampler
 from penstock.lightning_modules.errors import UserError
 
 
@@ -94,8 +94,7 @@ class Pair(KindDataModule):
 
     def _paired(self, split: Split, own: KeyedBatchSampler) -> KeyedLoader:
         source = self.source.view(split)
-        sampler = KeyedSampler(len(own.sampler), seed=self.run_seed, shuffle=own.sampler.shuffle)
         batches = PartneredBatchSampler(
-            sampler, own.batch_size, others=len(source), rank=own.rank, world=own.world, drop_last=own.drop_last
+            own.sampler, own.batch_size, others=len(source), rank=own.rank, world=own.world, drop_last=own.drop_last
         )
         return self.loader(_PairView(self.view(split), source, self._key), batches)

@@ -1,6 +1,7 @@
 """Which sample comes when: orders keyed by (seed, epoch), shares of ranks, and a loader that can be resumed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,14 +21,26 @@ class Rows(Protocol):
 class KeyedSampler(Sampler[int]):
     """Order of `size` samples: a permutation that depends on (seed, epoch) alone, or 0 .. size-1.
 
-    Lightning calls `set_epoch` before every epoch.
+    Args:
+        size: number of samples.
+        seed: key of the order.
+        shuffle: permute, or keep the order of the data.
+        clock: tells the epoch; `None` = the one given to `set_epoch`. Under a trainer its `current_epoch`, because
+            Lightning calls `set_epoch` with one more than that when a run of `max_steps` resumes at an epoch's end.
     """
 
-    def __init__(self, size: int, *, seed: int = 0, shuffle: bool = False) -> None:
-        self.size, self.seed, self.shuffle, self.epoch = size, seed, shuffle, 0
+    def __init__(
+        self, size: int, *, seed: int = 0, shuffle: bool = False, clock: Callable[[], int] | None = None
+    ) -> None:
+        self.size, self.seed, self.shuffle, self.clock = size, seed, shuffle, clock
+        self._epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        return self.clock() if self.clock else self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch = epoch
 
     def order(self) -> np.ndarray:
         """Row numbers of this epoch, int64 `(size,)`."""
@@ -84,7 +97,7 @@ class KeyedBatchSampler(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         order, edges = self.sampler.order(), self._edges[self.start :]
-        return (self.share(order[a:b]) for a, b in zip(edges, edges[1:]))
+        return (self.share(order[a:b]) for a, b in pairwise(edges))
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -171,3 +184,16 @@ class KeyedLoader(DataLoader):
                 raise batch
             self._batches += 1
             yield batch
+
+
+class PredictionLoader:
+    """A loader that Lightning leaves as it is: for prediction it rebuilds every DataLoader with batches of its own."""
+
+    def __init__(self, loader: KeyedLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)

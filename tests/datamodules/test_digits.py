@@ -81,10 +81,12 @@ def test_evaluation_covers_every_sample_once_over_three_ranks(attach):
 
 
 def test_overfitting_repeats_the_same_batches(attach):
-    loader = attach(ready(), overfit_batches=1).train_dataloader()
-    first = next(iter(loader))["index"]
-    loader.batch_sampler.sampler.set_epoch(1)
-    assert torch.equal(first, next(iter(loader))["index"])
+    first, second = (
+        next(iter(attach(ready(), overfit_batches=1, epoch=epoch).train_dataloader()))["index"] for epoch in (0, 1)
+    )
+    assert torch.equal(first, second)
+    shuffled = next(iter(attach(ready(), epoch=1).train_dataloader()))["index"]
+    assert not torch.equal(first, shuffled)
 
 
 def test_dequantisation_only_in_training_and_keyed(attach):
