@@ -15,14 +15,15 @@ def working_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def positional_embedding(t: Tensor, dim: int) -> Tensor:
+def positional_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     """Sinusoidal embedding of arXiv 1706.03762 section 3.5 in the variant of score-based models.
 
     Frequency i of `dim // 2` is exp(-i ln(10000) / (dim // 2 - 1)); the sines come before the cosines.
 
     Args:
-        t: `(B,)` real-valued times in the unit of the highest frequency, usually in [0, 1000].
+        t: `(B,)` real-valued times.
         dim: even size of the embedding, at least 4.
+        scale: factor on the times; the frequencies suit scale * t in [0, 1000].
 
     Returns:
         `(B, dim)` in float32, or in float64 for float64 times.
@@ -32,7 +33,7 @@ def positional_embedding(t: Tensor, dim: int) -> Tensor:
     half = dim // 2
     dtype = working_dtype(t)
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=dtype) * (-math.log(10000) / (half - 1)))
-    angles = t.to(dtype)[:, None] * frequencies
+    angles = scale * t.to(dtype)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

@@ -73,7 +73,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
         if text is not None:
-            x = x + self.text(x, text)
+            x = x + self.text(self.norm1(x), text)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -140,7 +140,7 @@ class DiT(nn.Module):
             ValueError: shapes do not fit.
         """
         check_input(x, t, self.shape)
-        emb = self.time(positional_embedding(1000 * t, 256).to(self.head.weight.dtype))
+        emb = self.time(positional_embedding(t, 256, 1000).to(self.head.weight.dtype))
         pooled, text = self.condition(cond, len(x))
         emb = F.silu(emb if pooled is None else emb + pooled)
         h = self.patches(x)

@@ -15,6 +15,7 @@ from penstock.lightning_modules.nets.condition import (
     check_image_shape,
     check_input,
     positional_embedding,
+    working_dtype,
 )
 
 
@@ -237,8 +238,9 @@ class NCSNpp(nn.Module):
 
     def embed(self, t: Tensor) -> Tensor:
         """Time embedding of t `(B,)` in [0, 1] before the two linear layers: `(B, width)`, Fourier `(B, 2 width)`."""
-        s = self.time_scale * t
-        return self.layers[0](s.log()) if self.embedding == "fourier" else positional_embedding(s, self.width)
+        if self.embedding == "fourier":
+            return self.layers[0]((self.time_scale * t.to(working_dtype(t))).log())
+        return positional_embedding(t, self.width, self.time_scale)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity `(B, C, H, W)` at x `(B, C, H, W)`, t `(B,)` in [0, 1] (0 = noise), cond `(B,)` classes or None."""

@@ -171,7 +171,7 @@ class UNet(nn.Module):
             ValueError: shapes do not fit.
         """
         check_input(x, t, self.shape)
-        emb = self.time(positional_embedding(1000 * t, self.width).to(self.stem.weight.dtype))
+        emb = self.time(positional_embedding(t, self.width, 1000).to(self.stem.weight.dtype))
         pooled, text = self.condition(cond, len(x))
         emb = F.silu(emb if pooled is None else emb + pooled)
         h, skips = self.stem(x), []

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from penstock.lightning_modules.nets import MLP, DiT, NCSNpp, UNet, dit
-from penstock.lightning_modules.nets.condition import CrossAttention, FourierEmbedding, attend
-from penstock.lightning_modules.nets.dit import grid_embedding
+from penstock.lightning_modules.nets.condition import CrossAttention, FourierEmbedding, attend, positional_embedding
+from penstock.lightning_modules.nets.dit import DiT, dit, grid_embedding
+from penstock.lightning_modules.nets.mlp import MLP
+from penstock.lightning_modules.nets.ncsnpp import NCSNpp
+from penstock.lightning_modules.nets.unet import UNet
 
 
 def randomise(net):
@@ -234,10 +236,10 @@ def test_errors_are_clear(build, message):
 @pytest.mark.parametrize(
     ("class_path", "init_args", "kind"),
     [
-        ("UNet", {"width": 8, "attention": [4]}, UNet),
-        ("ddpmpp_cifar10", {"dropout": 0.1}, NCSNpp),
-        ("dit", {"size": "S", "patch": 4}, DiT),
-        ("MLP", {"shape": [3], "activation": "silu"}, MLP),
+        ("unet.UNet", {"width": 8, "attention": [4]}, UNet),
+        ("ncsnpp.ddpmpp_cifar10", {"dropout": 0.1}, NCSNpp),
+        ("dit.dit", {"size": "S", "patch": 4}, DiT),
+        ("mlp.MLP", {"shape": [3], "activation": "silu"}, MLP),
     ],
 )
 def test_networks_are_configurable_by_class_path(class_path, init_args, kind):
@@ -248,3 +250,8 @@ def test_networks_are_configurable_by_class_path(class_path, init_args, kind):
     )
     with torch.device("meta"):
         assert isinstance(parser.instantiate(config).net, kind)
+
+
+def test_half_precision_times_are_scaled_in_float32():
+    t = torch.tensor([0.40625, 0.40234375], dtype=torch.bfloat16)
+    torch.testing.assert_close(positional_embedding(t, 8, 999.0), positional_embedding(t.float() * 999, 8))

@@ -5,6 +5,7 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,6 +104,15 @@ def test_pretrained_finds_the_preset(save, monkeypatch):
     assert next(m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)) == 0.3
     for (name, value), reference in zip(net.named_parameters(), source.parameters()):
         torch.testing.assert_close(value.data, reference.data if name == "layers.0.weight" else 2 * reference.data)
+
+
+def test_pretrained_is_configurable_by_class_path(tmp_path):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=torch.nn.Module)
+    path = "penstock.lightning_modules.weights.rectified_flow.pretrained"
+    config = parser.parse_object({"net": {"class_path": path, "init_args": {"path": str(tmp_path / "none.pth")}}})
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
+        parser.instantiate(config)
 
 
 def without(mapping, key):
