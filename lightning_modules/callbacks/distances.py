@@ -1,4 +1,4 @@
-"""Distances between two sets of features: pure functions, float64 on the CPU."""
+"""Distances between two sets of features, in float64 on the device of the arguments."""
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class GaussianSums:
         self.count, self.total, self.outer = count, total, outer
 
     def update(self, features: Tensor) -> None:
-        """Adds `(b, D)` features."""
-        features = features.double()
+        """Adds `(b, D)` features. The sums stay on their device, or on the CPU if that has no float64."""
+        features = (features.cpu() if features.device.type == "mps" else features).double()
         total, outer = features.sum(0), features.T @ features
         self.count += len(features)
         self.total = total if self.total is None else self.total + total

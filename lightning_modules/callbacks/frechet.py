@@ -56,7 +56,7 @@ class FrechetDistance:
 
     def update(self, samples: Generated) -> None:
         """Adds a chunk's features."""
-        features = self.features(samples.data)
+        features = samples.features(self.features)
         self._sums.update(features)
         if self.also:
             self._rows.append((samples.index.cpu(), features.cpu()))
@@ -70,7 +70,10 @@ class FrechetDistance:
         if self._reference is None:
             return {}
         name = self.features.metric
-        values = {name("fd"): frechet_distance(*sums.moments(), *self._reference.sums.moments())}
+        moments = (*sums.moments(), *self._reference.sums.moments())
+        if self._device.type == "cuda":
+            moments = [moment.to(self._device) for moment in moments]
+        values = {name("fd"): frechet_distance(*moments)}
         if "kid" in self.also:
             values[name("kid")] = kernel_distance(self._reference.features, rows[1])
         if "precision" in self.also or "recall" in self.also:

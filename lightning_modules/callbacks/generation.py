@@ -1,9 +1,11 @@
 """Samples for metrics and pictures, and the callback that scores one set of samples by several metrics."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,13 +14,15 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from penstock.lightning_modules.callbacks.features import FeatureExtractor
 from penstock.lightning_modules.callbacks.ranks import broadcast, largest, rank_and_world
 from penstock.lightning_modules.errors import UserError
 
 CHUNK = 250
 
 
-class Generated(NamedTuple):
+@dataclass(frozen=True)
+class Generated:
     """Some of a set of samples.
 
     Attributes:
@@ -32,6 +36,14 @@ class Generated(NamedTuple):
     data: Tensor
     label: Tensor | None
     nfe: int
+    _features: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def features(self, extractor: FeatureExtractor) -> Tensor:
+        """`(b, D)` features of these samples, computed once for all metrics that use the same ones."""
+        key = json.dumps(extractor.identity(), sort_keys=True)
+        if key not in self._features:
+            self._features[key] = extractor(self.data)
+        return self._features[key]
 
 
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
@@ -219,8 +231,14 @@ class GenerationMetrics(EvaluationCallback):
         return self._generate_state_key(steps=self.steps, n=self.n, seed=self.seed)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lets each metric check that it can be had, before any training."""
+        """Lets each metric check that it can be had, before any training.
+
+        Raises:
+            UserError: without a DataModule, or from a metric.
+        """
         super().setup(trainer, pl_module, stage)
+        if getattr(trainer, "datamodule", None) is None:
+            raise UserError(f"{type(self).__name__}: the run has no DataModule, expected one to compare samples with")
         for metric in self.metrics:
             metric.check(trainer, pl_module)
 

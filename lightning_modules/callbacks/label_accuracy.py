@@ -68,7 +68,7 @@ class LabelAccuracy:
 
     def update(self, samples: Generated) -> None:
         """Adds a chunk's features and labels."""
-        self._rows.append((samples.index.cpu(), self.features(samples.data).cpu(), samples.label.cpu()))
+        self._rows.append((samples.index.cpu(), samples.features(self.features).cpu(), samples.label.cpu()))
 
     def compute(self, trainer: pl.Trainer) -> dict[str, float]:
         """The accuracy on rank 0."""

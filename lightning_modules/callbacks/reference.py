@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import safetensors.torch
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from penstock.lightning_modules.callbacks.distances import GaussianSums
@@ -79,6 +79,7 @@ def reference(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) ->
     stored = _read(path) if rank_and_world()[0] == 0 else None
     if broadcast(stored is not None):
         return stored
+    rank_zero_info(f"computing the {extractor.name} features of the real data, split '{split}', once: {path}")
     found = _collect(trainer, extractor, split)
     if found is not None:
         _write(path, found)

@@ -14,10 +14,11 @@ from torch import Tensor
 class Throughput(Callback):
     """Steps and samples a second, peak memory, and the pure training time.
 
-    Every `trainer.log_every_n_steps` steps logs `throughput/steps_per_second`, `throughput/samples_per_second` (over
-    all ranks) and `throughput/peak_memory_gib` (of rank 0: CUDA allocations, or the resident set without a GPU). At the
-    end of each epoch logs `train_seconds`: wall time spent in training epochs so far, without set-up, validation and
-    sampling; a resumed run goes on counting. Between two readings nothing waits for the device.
+    Every `trainer.log_every_n_steps` steps (batches after which an optimiser stepped) logs
+    `throughput/steps_per_second`, `throughput/samples_per_second` (over all ranks) and `throughput/peak_memory_gib` (of
+    rank 0: CUDA allocations, or the resident set without a GPU). At the end of each epoch logs `train_seconds`: wall
+    time spent in training epochs so far, without set-up, validation and sampling; a resumed run goes on counting.
+    Between two readings nothing waits for the device.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,13 @@ class Throughput(Callback):
         self._since: float | None = None
         self._mark = (0.0, 0)
         self._samples = 0
+        self._optimiser_steps = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._since = time.perf_counter()
-        self._mark, self._samples = (self.train_seconds, trainer.global_step), 0
+        self._mark, self._samples = (self.train_seconds, trainer.fit_loop.epoch_loop._batches_that_stepped), 0
+        self._optimiser_steps = trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock while a validation interrupts training."""
@@ -51,8 +54,11 @@ class Throughput(Callback):
     ) -> None:
         """Counts, and logs when the trainer logs."""
         self._samples += len(batch["index"])
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps or step == self._mark[1]:
+        if trainer.global_step == self._optimiser_steps:
+            return
+        self._optimiser_steps = trainer.global_step
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        if step % trainer.log_every_n_steps:
             return
         self._stop(pl_module.device)
         self._since = time.perf_counter()

@@ -1,8 +1,12 @@
 import hashlib
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.v2.functional import normalize, resize
@@ -82,8 +86,6 @@ def test_timm_features_are_the_models_on_images_prepared_by_torchvision():
     extractor = mobilenet()
     images = torch.rand(3, 3, 40, 40) * 2 - 1
     ready = resize(images / 2 + 0.5, [224, 224], interpolation=3, antialias=True).clamp(0, 1)
-    import timm
-
     net = timm.create_model("mobilenetv2_100", pad_type="same").eval()
     net.load_state_dict({k: v.float() for k, v in load_file(MOBILENET).items()})
     with torch.no_grad():
@@ -107,18 +109,13 @@ def cifar(n):
     file = CIFAR / "test-00000-of-00001.parquet"
     if not file.is_file():
         pytest.skip("no cifar10 in ../shared/data")
-    from io import BytesIO
-
-    import numpy as np
-    from PIL import Image
-
     column = parquet.read_table(file, columns=["img"]).slice(0, n).column("img").to_pylist()
     arrays = np.stack([np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB")) for cell in column])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@pytest.mark.parametrize("n", [120, pytest.param(2000, marks=pytest.mark.slow)])
-def test_mobilenet_tells_real_images_from_noise(n):
+@pytest.mark.parametrize(("n", "ratio"), [(120, 0.5), pytest.param(2000, 0.15, marks=pytest.mark.slow)])
+def test_mobilenet_tells_real_images_from_noise(n, ratio):
     extractor = mobilenet()
     images = cifar(n)
     real = torch.cat([extractor(part) for part in images.split(50)])
@@ -126,7 +123,7 @@ def test_mobilenet_tells_real_images_from_noise(n):
     noise = torch.randn(n // 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     far = fd(real[::2], torch.cat([extractor(part) for part in noise.split(50)]))
     print(f"fd_mobilenetv2 over {n} images: halves {halves:.3f}, noise {far:.3f}")
-    assert halves < 0.25 * far
+    assert halves < ratio * far
 
 
 def test_inception_says_which_file_and_where(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from penstock.lightning_modules.callbacks import generation
+from penstock.lightning_modules.callbacks.features import Pixels
 from penstock.lightning_modules.callbacks.generation import GenerationMetrics, balanced_labels, generate
 from penstock.lightning_modules.errors import UserError
 
@@ -138,6 +140,58 @@ def test_averaged_weights_are_what_is_scored(fakes, tmp_path):
     assert abs(scored - raw) > 0.01
     with pytest.raises(UserError, match="EMAWeightAveraging stands before GenerationMetrics"):
         fakes.quiet_trainer(tmp_path, [average, callback]).fit(module, datamodule=data)
+
+
+def test_metrics_on_the_same_features_compute_them_once(fakes):
+    class Counting(Pixels):
+        calls = 0
+
+        def __call__(self, data):
+            Counting.calls += 1
+            return super().__call__(data)
+
+    module, _ = fakes.digits_module_and_data()
+    (chunk,) = generate(module, 10, 1, 0, balanced_labels(10, 10))
+    assert torch.equal(chunk.features(Counting()), chunk.features(Counting()))
+    assert Counting.calls == 1
+
+
+def test_a_run_without_datamodule_is_refused(fakes, tmp_path):
+    module, _ = fakes.digits_module_and_data()
+    trainer = fakes.quiet_trainer(tmp_path, [GenerationMetrics([], steps=[1])])
+    with pytest.raises(UserError, match="GenerationMetrics: the run has no DataModule"):
+        trainer.validate(module, torch.utils.data.DataLoader([0]), verbose=False)
+
+
+def written(also):
+    room = "penstock.lightning_modules.callbacks."
+    network = {
+        "model": "mobilenetv2_100",
+        "name": "mobilenetv2",
+        "pad_type": "same",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    features = {"class_path": room + "features.TimmFeatures", "init_args": network}
+    metrics = [
+        {"class_path": room + "frechet.FrechetDistance", "init_args": {"features": features, "also": [also]}},
+        {"class_path": room + "label_accuracy.LabelAccuracy"},
+    ]
+    return [
+        {"class_path": room + "generation.GenerationMetrics", "init_args": {"metrics": metrics, "steps": [1, 20]}},
+        {"class_path": room + "samples.SampleGrid"},
+        {"class_path": room + "throughput.Throughput"},
+    ]
+
+
+def test_everything_can_be_written_in_yaml():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    made = parser.instantiate_classes(parser.parse_object({"callbacks": written("kid")})).callbacks
+    assert [type(callback).__name__ for callback in made] == ["GenerationMetrics", "SampleGrid", "Throughput"]
+    assert made[0].metrics[0].features.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ArgumentError, match="Got value: kit"):
+        parser.parse_object({"callbacks": written("kit")})
 
 
 @pytest.mark.parametrize(

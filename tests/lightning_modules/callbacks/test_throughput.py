@@ -1,4 +1,6 @@
+import csv
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,10 +43,9 @@ def test_speed_and_training_time_leave_validation_out(slow_run):
 
 def test_logged_as_often_as_the_trainer_logs(slow_run):
     trainer, _, _ = slow_run(Throughput())
-    rows = trainer.logger.experiment.metrics
-    lines = open(f"{trainer.logger.log_dir}/metrics.csv").read().splitlines() if not rows else rows
-    logged = [line for line in lines[1:] if line.split(",")[lines[0].split(",").index("throughput/steps_per_second")]]
-    assert len(logged) == 2
+    with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["throughput/steps_per_second"]]
+    assert [int(row["step"]) for row in rows] == [3, 7]
 
 
 def test_a_resumed_run_counts_on(slow_run, fakes, tmp_path):
@@ -55,3 +56,30 @@ def test_a_resumed_run_counts_on(slow_run, fakes, tmp_path):
     trainer = fakes.quiet_trainer(tmp_path, [callback], max_epochs=2)
     trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert callback.train_seconds >= before + 0.16
+
+
+def test_steps_are_batches_that_stepped_with_accumulation(slow_run):
+    trainer, _, _ = slow_run(Throughput(), log_every_n_steps=2, accumulate_grad_batches=2)
+    speed = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert 12 < speed["throughput/steps_per_second"] <= 25
+    assert speed["throughput/samples_per_second"] == pytest.approx(16 * speed["throughput/steps_per_second"])
+
+
+def test_between_two_readings_a_step_costs_nothing(monkeypatch):
+    class Loop:
+        _batches_that_stepped = 0
+
+    class Trainer:
+        global_step, log_every_n_steps, world_size = 1, 50, 1
+        fit_loop = type("FitLoop", (), {"epoch_loop": Loop})
+
+    def never(*args):
+        raise AssertionError("waited for the device")
+
+    monkeypatch.setattr(Throughput, "_stop", never)
+    callback, batch = Throughput(), {"index": torch.arange(128)}
+    for _ in range(200):
+        callback.on_train_batch_end(Trainer, None, None, batch, 0)
+        Loop._batches_that_stepped = (Loop._batches_that_stepped + 1) % 48
+        Trainer.global_step += 1
+    assert callback._samples == 200 * 128
