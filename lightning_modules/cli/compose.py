@@ -15,7 +15,7 @@ from penstock.lightning_modules.cli.conf import check_choice, conf_dirs, groups
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 KEYS = ("model", "data", "trainer", "callbacks", "logger", "seed_everything", "ckpt_path", "weights_only")
-OWN = ("run_dir", "objective", "shape", "num_classes")
+OWN = ("run_dir", "objective", "shape", "num_classes", "image_size")
 SUGAR = {"model.lr": "model.optimizer.lr"}
 
 

@@ -111,9 +111,9 @@ def write_samples(samples: Any, labels: Any, out: Path) -> None:
     """`samples.safetensors` (and labels), and `grid.png` for images or points."""
     from safetensors.torch import save_file
 
-    from penstock.lightning_modules.callbacks.samples import save_picture
+    from penstock.lightning_modules.callbacks.samples import draw
 
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"samples": samples.contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
     save_file(tensors, out / "samples.safetensors")
-    save_picture(samples, out / "grid.png")
+    draw(samples.float(), round(len(samples) ** 0.5), labels).save(out / "grid.png")

@@ -74,7 +74,10 @@ def test_values_with_signs_of_the_grammar(value):
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
-        ("experiment=rectified_flow_digit", ["experiment=rectified_flow_digit", "did you mean 'rectified_flow_digits'?"]),
+        (
+            "experiment=rectified_flow_digit",
+            ["experiment=rectified_flow_digit", "did you mean 'rectified_flow_digits'?"],
+        ),
         ("data=digitz", ["no conf/data/digitz.yaml", "did you mean 'digits'?"]),
         ("perf=[bf61,compile]", ["perf=bf61", "did you mean 'bf16'?"]),
         ("experimnt=x", ["'experimnt'", "did you mean 'experiment'?"]),
