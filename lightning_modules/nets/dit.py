@@ -93,6 +93,8 @@ class DiT(nn.Module):
         text_dim: size of a text token; 0 = no text.
     """
 
+    checkpoint_blocks = (DiTBlock,)
+
     def __init__(
         self,
         shape: tuple[int, int, int] = (4, 32, 32),

@@ -166,6 +166,8 @@ class NCSNpp(nn.Module):
         num_classes: 0 = unconditional. Otherwise a class embedding is added to that of the time.
     """
 
+    checkpoint_blocks = (ResidualBlock, AttentionBlock)
+
     def __init__(
         self,
         shape: tuple[int, int, int] = (3, 32, 32),

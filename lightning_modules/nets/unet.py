@@ -103,6 +103,8 @@ class UNet(nn.Module):
         dropout: in the residual blocks.
     """
 
+    checkpoint_blocks = (ResidualBlock, AttentionBlock)
+
     def __init__(
         self,
         shape: tuple[int, int, int] = (1, 8, 8),

@@ -94,7 +94,8 @@ def load(path: str | Path, which: Literal["ema", "raw"] = "ema") -> dict[str, Te
     model = content["model"]
     if which == "raw":
         return _named(path, convert, model)
-    names = [key for key in model if key.removeprefix("module.") not in ("sigmas", FROZEN)]
+    trainable = (key for key in model if key.removeprefix("module.") not in ("sigmas", FROZEN))
+    names = _named(path, lambda keys: sorted(keys, key=_registration), trainable)
     shadow = content["ema"]["shadow_params"]
     if len(shadow) != len(names):
         raise UserError(f"{path}: ema.shadow_params has {len(shadow)} tensors, expected {len(names)} as in model")
@@ -111,21 +112,14 @@ def detect(state: Mapping[str, Tensor]) -> str:
     Raises:
         UserError: none fits; the message names the first difference from the nearest preset.
     """
-    found = {key: tuple(value.shape) for key, value in state.items()}
     differences = {}
     for name, build in PRESETS.items():
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in build().state_dict().items()}
-        differences[name] = [k for k in {**expected, **found} if expected.get(k) != found.get(k)]
+            differences[name] = _differences(state, build().state_dict())
         if not differences[name]:
             return name
-        differences[name].append(expected)
     name = min(differences, key=lambda n: len(differences[n]))
-    key, expected = differences[name][0], differences[name][-1]
-    raise UserError(
-        f"official checkpoint fits none of {', '.join(PRESETS)}; nearest is {name}, where {key} has shape "
-        f"{expected.get(key, 'none (no such entry)')} but the checkpoint has {found.get(key, 'none (no such entry)')}"
-    )
+    raise UserError(f"fits none of {', '.join(PRESETS)}; nearest is {name}, but {differences[name][0]}")
 
 
 def pretrained(path: str, which: Literal["ema", "raw"] = "ema", dropout: float = 0.0, centred: bool = True) -> NCSNpp:
@@ -154,11 +148,9 @@ def load_into(net: nn.Module, path: str | Path, which: Literal["ema", "raw"] = "
         UserError: see `load`; or the network has other keys or shapes than the checkpoint.
     """
     state = load(path, which)
-    expected = net.state_dict()
-    for key in {**expected, **state}:
-        here, there = (tuple(d[key].shape) if key in d else "no such entry" for d in (expected, state))
-        if here != there:
-            raise UserError(f"{path}: {key}: found {there}, expected {here} in {type(net).__name__}")
+    differences = _differences(state, net.state_dict())
+    if differences:
+        raise UserError(f"{path}: does not fit this {type(net).__name__}: {differences[0]}")
     net.load_state_dict(state)
 
 
@@ -186,9 +178,25 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _named(path: str | Path, function: Callable, state: Mapping[str, Tensor]) -> Any:
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (found, expected)]
+    return [
+        f"{key}: found {shapes[0].get(key, 'no such entry')}, expected {shapes[1].get(key, 'no such entry')}"
+        for key in {**shapes[1], **shapes[0]}
+        if shapes[0].get(key) != shapes[1].get(key)
+    ]
+
+
+def _registration(key: str) -> tuple[int, int, int]:
+    """Place of an official key in the order in which the official layers register their parameters."""
+    index, layer, leaf = _split(key.removeprefix("module."), "all_modules")
+    table = ATTENTION if layer.startswith("NIN_") else BLOCK
+    return index, list(table).index(layer) if layer in table else -1, 0 if leaf in ("weight", "W") else 1
+
+
+def _named(path: str | Path, function: Callable, argument: Any) -> Any:
     try:
-        return function(state)
+        return function(argument)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -66,6 +66,9 @@ def test_averaged_weights_are_matched_by_order_and_frozen_frequencies_come_from_
     assert torch.equal(ema["layers.0.weight"], raw["layers.0.weight"])
     assert torch.equal(raw["layers.0.weight"], checkpoint["model"]["module.all_modules.0.W"])
     assert all(torch.equal(ema[key], raw[key] + 1) for key in raw if key != "layers.0.weight")
+    reordered = {key: checkpoint["model"][key] for key in sorted(checkpoint["model"])}
+    again = official.load(save({**checkpoint, "model": reordered}))
+    assert all(torch.equal(again[key], ema[key]) for key in ema)
 
 
 def test_parameter_order_of_the_network_is_the_official_one(checkpoint):
@@ -121,9 +124,9 @@ def without(mapping, key):
 
 def test_checkpoint_of_another_network_is_refused(checkpoint, save):
     net = NCSNpp(**{**OPTIONS, "width": 12})
-    with pytest.raises(UserError, match=r"layers\.0\.weight: found \(8,\), expected \(12,\) in NCSNpp"):
+    with pytest.raises(UserError, match=r"fit this NCSNpp: layers\.0\.weight: found \(8,\), expected \(12,\)"):
         official.load_into(net, save(checkpoint))
-    with pytest.raises(UserError, match=r"fits none of ddpmpp_cifar10, ncsnpp_256; nearest is .* has shape"):
+    with pytest.raises(UserError, match=r"fits none of ddpmpp_cifar10, ncsnpp_256; nearest is .*: found .*, expected "):
         official.pretrained(str(save(checkpoint)))
 
 
