@@ -1,4 +1,4 @@
-"""Named features of samples, on which distances between sets are measured.
+"""Named features of samples, on which distances between sets are measured. timm is imported where it is used.
 
 A metric carries the name of its features: `fd_pixels`, `fd_mobilenetv2`. Only the Inception-V3 network of
 torch-fidelity with its published weights earns the plain names `fid` and `kid`.
@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -134,6 +133,8 @@ class TimmFeatures(_NetworkFeatures):
         Raises:
             UserError: for an unknown model or a name that is not one lower-case word or means other features.
         """
+        import timm
+
         super().__init__()
         if not re.fullmatch(r"[a-z0-9_]+", name) or name in {"pixels", "points", "inception"}:
             raise UserError(
@@ -146,6 +147,8 @@ class TimmFeatures(_NetworkFeatures):
         self.pad_type, self.mean, self.std = pad_type, mean, std
 
     def _load(self) -> nn.Module:
+        import timm
+
         padding = {} if self.pad_type is None else {"pad_type": self.pad_type}
         if self.weights is None:
             try:
@@ -262,11 +265,13 @@ def _rgb(images: Tensor) -> Tensor:
 
 
 def _load_file(net: nn.Module, file: str, what: str, whose: str) -> None:
+    from timm.models import load_state_dict
+
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"{what}: no weights file {path}; put the state dict of {whose} there (safetensors or .pth)")
     try:
-        state = timm.models.load_state_dict(str(path), use_ema=False)
+        state = load_state_dict(str(path), use_ema=False)
     except Exception as error:
         raise UserError(f"{what}: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
     try:

@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,31 +114,28 @@ def test_an_empty_split_is_named(fakes, tmp_path):
         score(fakes, tmp_path, module, data, FrechetDistance(Pixels(), split="val"), steps=[2])
 
 
-def test_two_processes_give_the_values_of_one(tmp_path):
-    script = Path(__file__).with_name("two_ranks.py")
-    results = {}
-    for world in (1, 2):
-        shared = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(20000 + os.getpid() % 20000),
-            "WORLD_SIZE": str(world),
-            "PENSTOCK_CACHE": str(tmp_path / f"cache{world}"),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(world), str(tmp_path / f"{world}-{rank}.json")],
-                env=shared | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)},
-                cwd=tmp_path,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world, errors
-        results[world] = [json.loads((tmp_path / f"{world}-{rank}.json").read_text()) for rank in range(world)]
-    one, (two, other) = results[1][0], results[2]
+def test_two_processes_give_the_values_of_one(tmp_path, monkeypatch, cache):
+    here = Path(__file__).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(here / "two_ranks.py"), str(tmp_path / f"rank{rank}")],
+            env=os.environ | settings | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    two, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "another"))
+    monkeypatch.syspath_prepend(here)
+    one = importlib.import_module("two_ranks").run(1, tmp_path / "one")
     assert (one["world"], two["world"], other["world"]) == (1, 2, 2)
     assert two["logged"] == other["logged"]
     assert two["logged"] == pytest.approx(one["logged"], abs=1e-6)
