@@ -193,8 +193,10 @@ def _reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-        elif isinstance(part, FullyShardedDataParallel) and part._handle is not None:
-            part._handle.reshard(free_unsharded_flat_param=True)
+        elif isinstance(part, FullyShardedDataParallel) and hasattr(
+            getattr(part._handle, "flat_param", 0), "_local_shard"
+        ):
+            part._handle.reshard(free_unsharded_flat_param=part._handle.uses_sharded_strategy)
 
 
 def _accept_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
