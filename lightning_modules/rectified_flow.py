@@ -89,7 +89,9 @@ class RectifiedFlow(LightningModule):
         if shape != tuple(self.net.shape):
             raise UserError(f"model.net.shape: found {tuple(self.net.shape)}, expected {shape}, the data's shape")
         if self.num_classes not in (0, classes):
-            raise UserError(f"model.net.num_classes: found {self.num_classes}, expected 0 or {classes}, the data's classes")
+            raise UserError(
+                f"model.net.num_classes: found {self.num_classes}, expected 0 or {classes}, the data's classes"
+            )
 
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped conditions come from `draws`."""

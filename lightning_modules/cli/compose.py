@@ -125,5 +125,10 @@ def _finish(tree: dict[str, Any]) -> dict[str, Any]:
     tree = nest_init_args(tree)
     for key in ("callbacks", "logger"):
         named = tree.pop(key, None) or {}
+        for name, entry in named.items():
+            if entry and "class_path" not in entry:
+                raise UserError(
+                    f"{key}.{name}: no class_path, found only {entry}; switch it off with {key}.{name}=null"
+                )
         tree["trainer"][key] = [entry for entry in named.values() if entry]
     return {k: v for k, v in tree.items() if v is not None or k in ("model", "data")}

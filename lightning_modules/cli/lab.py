@@ -51,7 +51,7 @@ class Lab(LightningCLI):
 
     def __init__(self, args: Any, restore_argv: Callable[[], None]):
         self.restore_argv = restore_argv
-        kwargs = {"exit_on_error": False}
+        kwargs = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             args=args,
             subclass_mode_model=True,
