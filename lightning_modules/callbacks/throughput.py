@@ -29,11 +29,14 @@ class Throughput(Callback):
         self._samples = 0
         self._optimiser_steps = 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins the first reading."""
+        self._mark, self._samples = (self.train_seconds, trainer.fit_loop.epoch_loop._batches_that_stepped), 0
+        self._optimiser_steps = trainer.global_step
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self._since = time.perf_counter()
-        self._mark, self._samples = (self.train_seconds, trainer.fit_loop.epoch_loop._batches_that_stepped), 0
-        self._optimiser_steps = trainer.global_step
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock while a validation interrupts training."""

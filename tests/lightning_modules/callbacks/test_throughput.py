@@ -41,6 +41,11 @@ def test_speed_and_training_time_leave_validation_out(slow_run):
     assert values["throughput/peak_memory_gib"] == pytest.approx(peak_memory(torch.device("cpu")) / 2**30, rel=0.2)
 
 
+def test_a_reading_may_span_epochs(slow_run):
+    trainer, _, _ = slow_run(Throughput(), max_epochs=3, log_every_n_steps=20)
+    assert 25 < float(trainer.callback_metrics["throughput/steps_per_second"]) <= 50
+
+
 def test_logged_as_often_as_the_trainer_logs(slow_run):
     trainer, _, _ = slow_run(Throughput())
     with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
