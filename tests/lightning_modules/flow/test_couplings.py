@@ -52,11 +52,11 @@ def test_sinkhorn_interpolates_between_exact_and_independent():
     x0, x1 = batch(24, (2,))
     exact = (MinibatchOT().pair(x0, x1)[0] - x1).square().sum(1).mean()
     means = []
-    for reg in (0.02, 0.3, 50.0):
+    for reg in (0.05, 0.3, 50.0):
         gen = torch.Generator().manual_seed(3)
         draws = [MinibatchOT(reg).pair(x0, x1, gen)[0] for _ in range(12)]
         means.append(torch.stack([(d - x1).square().sum(1).mean() for d in draws]).mean())
-    assert means[0] == pytest.approx(exact.item(), rel=0.15)
+    assert exact.item() <= means[0] <= 1.35 * exact.item()
     assert means[0] < means[1] < means[2]
     assert means[2] == pytest.approx(cost(x0, x1).mean().item(), rel=0.1)
 
