@@ -232,7 +232,7 @@ class RectifiedFlow(LightningModule):
         return result.log_prob
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """`image` (or `points`): the batch's `source` carried to the data, or one sample for each label of the batch."""
+        """Under `key`: the batch's `source` carried to the data, or one sample for each label of the batch."""
         draws = Draws(run_seed(), 0, batch["index"])
         x0 = batch["source"] if "source" in batch else draws.normal("predict", self.net.shape) * self.path.source_std
         cond = batch["label"] if self.num_classes else None

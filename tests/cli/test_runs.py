@@ -93,6 +93,9 @@ def test_user_wins_over_hyper_parameters_of_the_checkpoint(first, tmp_path):
 def test_predict_and_validate(first, tmp_path):
     for verb in ("validate", "predict"):
         penstock(verb, f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / verb))
+    assert "val/loss" in json.loads((tmp_path / "validate" / "metrics.json").read_text())
+    assert list((tmp_path / "predict" / "predictions").glob("*.safetensors"))
+    assert list((tmp_path / "predict" / "predictions").glob("*.png"))
 
 
 @pytest.mark.slow
