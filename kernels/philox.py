@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+CACHED = 16384  # blocks of four words whose temporaries stay in a CPU core's cache: twice as fast
 
 
 class Draws:
@@ -123,6 +124,9 @@ def _(index, seed, epoch, stream, n, normal, dtype):
 def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:
     """The definition of `philox` in PyTorch; on the CPU its integer rounds run in NumPy, faster than in ATen."""
     block = torch.arange(-(-n // 4), device=index.device)
+    rows = max(1, CACHED // max(1, len(block)))
+    if index.device.type == "cpu" and len(index) > rows:
+        return torch.cat([reference(part, seed, epoch, stream, n, normal, dtype) for part in index.split(rows)])
     if index.device.type == "cpu":
         i, block = index.numpy().view(np.uint64)[:, None], block.numpy().view(np.uint64)[None]
         words = np.empty((i.shape[0], block.shape[1], 4), dtype=np.int64)

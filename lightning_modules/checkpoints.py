@@ -92,17 +92,25 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         return checkpoint
 
 
-def load_weights(module: nn.Module, checkpoint: Mapping[str, Any] | str | Path) -> None:
+def load_weights(module: nn.Module, checkpoint: Mapping[str, Any] | str | Path, name: str | None = None) -> None:
     """Loads the `state_dict` of a checkpoint (or of the file at a path) into `module`; all of it or nothing.
 
-    Prefixes that `torch.compile` puts into names are ignored on both sides.
+    Raises:
+        UserError: as `check_weights`.
+    """
+    if not isinstance(checkpoint, Mapping):
+        name, checkpoint = name or f"checkpoint '{checkpoint}'", load_checkpoint(checkpoint)
+    module.load_state_dict(check_weights(module, checkpoint, name or "checkpoint"))
+
+
+def check_weights(module: nn.Module, checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The `state_dict` of a checkpoint under the names that `module` has for them.
+
+    Prefixes that `torch.compile` puts into names are ignored on both sides. `name` is what errors call the checkpoint.
 
     Raises:
         UserError: no `state_dict`, or the weights of another model (missing, unexpected, other shapes).
     """
-    name = "checkpoint"
-    if not isinstance(checkpoint, Mapping):
-        name, checkpoint = f"checkpoint '{checkpoint}'", load_checkpoint(checkpoint)
     found = checkpoint.get("state_dict")
     if not isinstance(found, Mapping):
         raise UserError(f"{name}: found the keys {sorted(map(str, checkpoint))[:8]}, expected 'state_dict' among them")
@@ -121,7 +129,7 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any] | str | Path) 
         complaints.append(f"{len(other)} of another shape (first '{other[0]}': {found_shape}, expected {shape})")
     if complaints:
         raise UserError(f"{name}: weights of another model, not of {type(module).__name__}: {'; '.join(complaints)}")
-    module.load_state_dict({key: found[plain] for plain, (key, _) in expected.items()})
+    return {key: found[plain] for plain, (key, _) in expected.items()}
 
 
 def plain_name(key: str) -> str:

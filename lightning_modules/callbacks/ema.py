@@ -78,8 +78,9 @@ class EMA(Callback):
         if self._swapped:
             self._swap()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collect(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._collect(trainer, pl_module)
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from penstock.lightning_modules.errors import UserError
@@ -51,7 +52,8 @@ class FiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.gradients:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._check(trainer, "gradient norm", get_total_norm(grads))
+            norm = get_total_norm(grads)
+            self._check(trainer, "gradient norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush(trainer)

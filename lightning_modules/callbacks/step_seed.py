@@ -12,8 +12,8 @@ class StepSeed(Callback):
     """Before batch `n` of the run (counted over epochs), seeds the global CPU and CUDA generators from (seed, n, rank).
 
     A resumed run then drops the same activations as one never stopped. Only torch's global generators are touched:
-    data order and `Draws` are keyed by themselves. (`torch.manual_seed` is not used: without a GPU it queues a call for the
-    day CUDA starts, with a stack trace, at a third of a millisecond and a few kilobytes each time.)
+    data order and `Draws` are keyed by themselves. `torch.manual_seed` is not used: without a GPU it queues a call for
+    the day CUDA starts, with a stack trace, at a third of a millisecond each time.
 
     Args:
         seed: of the experiment, in [0, 2^64).

@@ -98,6 +98,15 @@ def test_rows_do_not_depend_on_order_split_or_strides():
     assert torch.equal(Draws(9, 1, strided).normal("n", (3, 5)), whole)
 
 
+def test_large_batches_are_made_in_parts(monkeypatch):
+    draws = Draws(9, 1, torch.arange(100))
+    monkeypatch.setattr(philox, "CACHED", 10**9)
+    whole = draws.normal("n", (37,))
+    for blocks in (1, 30, 999):
+        monkeypatch.setattr(philox, "CACHED", blocks)
+        assert torch.equal(draws.normal("n", (37,)), whole)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
 def test_a_longer_draw_begins_with_the_shorter(kind):
     draws = Draws(9, 1, torch.arange(4))

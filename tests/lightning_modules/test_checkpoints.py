@@ -5,8 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
-import subprocess
-import sys
+import resource
 import time
 import warnings
 from pathlib import Path
@@ -114,21 +113,26 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         save(tmp_path / "first.ckpt", 2)
 
 
+def save_with_little_room(path, answer):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try:
+        save(path, 2, size=90_000)
+    except Exception as error:
+        answer.send((type(error).__name__, str(error)))
+
+
 def test_disk_that_fills_up_inside_torch_save(tmp_path):
-    code = f"""
-import resource, torch
-from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, load_checkpoint
-save = AtomicCheckpointIO().save_checkpoint
-save({{"step": 1, "w": torch.zeros(9000)}}, "{tmp_path}/last.ckpt")
-resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
-try:
-    save({{"step": 2, "w": torch.zeros(90000)}}, "{tmp_path}/last.ckpt")
-except Exception as error:
-    print(type(error).__name__, error, load_checkpoint("{tmp_path}/last.ckpt")["step"])
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.startswith("UserError checkpoint"), run.stderr
-    assert run.stdout.endswith("cannot be written (File too large); the file written before it is intact 1\n")
+    path = tmp_path / "last.ckpt"
+    save(path, 1, size=9_000)
+    fork = multiprocessing.get_context("fork")
+    inbox, outbox = fork.Pipe(duplex=False)
+    worker = fork.Process(target=save_with_little_room, args=(path, outbox))
+    worker.start()
+    assert inbox.poll(20)
+    message = f"checkpoint '{path}': cannot be written (File too large); the file written before it is intact"
+    assert inbox.recv() == ("UserError", message)
+    worker.join()
+    assert load_checkpoint(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -238,6 +242,8 @@ def test_weights_of_another_model(tmp_path):
     assert torch.equal(module.state_dict()["0.weight"], before)
     with pytest.raises(UserError, match=r"found the keys \['model'\], expected 'state_dict' among them"):
         load_weights(module, {"model": {}})
+    with pytest.raises(UserError, match=r"^ckpt_path=a.ckpt: weights of another model"):
+        load_weights(module, {"state_dict": {}}, name="ckpt_path=a.ckpt")
 
 
 class Tiny(pl.LightningModule):

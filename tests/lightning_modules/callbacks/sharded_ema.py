@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from penstock.lightning_modules.callbacks.ema import EMA
+from penstock.lightning_modules.callbacks.finite import FiniteGuard
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, load_checkpoint
 
 
@@ -51,7 +52,8 @@ class Module(pl.LightningModule):
 
 def trainer(folder, ema, epochs, **options):
     return pl.Trainer(
-        max_epochs=epochs, callbacks=[ema], logger=False, accelerator="cpu", default_root_dir=folder,
+        max_epochs=epochs, callbacks=[ema, FiniteGuard(gradients=True)],
+        logger=False, accelerator="cpu", default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, val_check_interval=2,
         plugins=[AtomicCheckpointIO()], num_sanity_val_steps=1, **options,
     )  # fmt: skip
@@ -111,8 +113,8 @@ def by_hand_fsdp(plain_losses):
 
     validate([0])
     for _ in range(2):
-        ema.on_train_epoch_start(fit, module)
         for step in range(4):
+            ema.on_train_batch_start(fit, module, None, step)
             optimizer.zero_grad()
             loss(step).backward()
             optimizer.step()

@@ -207,7 +207,8 @@ def test_a_second_fit_goes_on_from_the_raw_weights(tmp_path):
     assert ema.updates == 4
 
 
-def test_unfreezing_and_tied_weights(tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_unfreezing_and_tied_weights(tmp_path, first):
     class Unfreeze(Callback):
         def on_train_epoch_start(self, trainer, module):
             if trainer.current_epoch == 1:
@@ -216,7 +217,13 @@ def test_unfreezing_and_tied_weights(tmp_path):
 
     module = Module()
     module.twin = module.net.last
-    trainer(tmp_path, Unfreeze(), EMA(), keep(tmp_path), limit_val_batches=0, epochs=3).fit(module)
+    trainer(
+        tmp_path,
+        *((Unfreeze(), EMA()) if first else (EMA(), Unfreeze())),
+        keep(tmp_path),
+        limit_val_batches=0,
+        epochs=3,
+    ).fit(module)
     before, after = load_checkpoint(tmp_path / "4.ckpt"), load_checkpoint(tmp_path / "12.ckpt")
     for checkpoint in (before, after):
         state, raw = checkpoint["state_dict"], checkpoint["current_model_state"]

@@ -73,8 +73,9 @@ def test_nan_sample_stops_before_the_step(tmp_path):
     with pytest.raises(UserError) as error:
         fit(tmp_path, module, FiniteGuard(), OnExceptionCheckpoint(tmp_path, "exception"))
     assert str(error.value) == (
-        "loss is not finite at step 3 of epoch 0: nan on rank 0 in the batch of samples 12, 13, 14, 15 ('points' is not "
-        f"finite in 1 of them, first 14); expected a finite number; last good checkpoint '{tmp_path}/3.ckpt'"
+        "loss is not finite at step 3 of epoch 0: nan on rank 0 in the batch of samples 12, 13, 14, 15 "
+        "('points' is not finite in 1 of them, first 14); expected a finite number; last good checkpoint "
+        f"'{tmp_path}/3.ckpt'"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "2.ckpt", "3.ckpt"]
     good = load_checkpoint(tmp_path / "3.ckpt")["state_dict"]["layer.weight"]
