@@ -120,7 +120,11 @@ class PartneredBatchSampler(KeyedBatchSampler):
 
 
 class _Guarded(Dataset):
-    """Hands a `UserError` over as a value, for a worker process would bury its line in a traceback."""
+    """Hands a `UserError` over as a value, for a worker process would bury its line in a traceback.
+
+    The loader raises a new one: raising the value itself would tie loader and traceback in a cycle, and collecting that
+    closes the workers' queues before the workers are told to stop (10 s of waiting).
+    """
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -181,7 +185,7 @@ class KeyedLoader(DataLoader):
         self.batch_sampler.start = self._batches
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise batch
+                raise UserError(str(batch))
             self._batches += 1
             yield batch
 

@@ -1,3 +1,4 @@
+import gc
 import itertools
 
 import numpy as np
@@ -129,9 +130,21 @@ def test_resume_with_another_batch_size_is_refused():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_user_error_keeps_its_line_through_a_worker(workers):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^pictures/five.jpg: found a hole, expected an image$"):
         list(loader(workers=workers, broken=True))
-    assert str(caught.value) == "pictures/five.jpg: found a hole, expected an image"
+
+
+def test_workers_stop_at_once_after_an_error():
+    broken = loader(workers=2, broken=True)
+    with pytest.raises(UserError):
+        list(broken)
+    gc.disable()
+    try:
+        workers = broken._iterator._workers
+        del broken
+        assert not any(w.is_alive() for w in workers), "the loader is part of a reference cycle"
+    finally:
+        gc.enable()
 
 
 def test_loader_leaves_the_global_generator_alone():
