@@ -48,18 +48,18 @@ class GaussianSums:
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
-def _root(covariance: Tensor) -> Tensor:
+def _factor(covariance: Tensor) -> Tensor:
+    """`F` `(D, r)` with `F F^T` the covariance, of rank r; eigenvalues below the largest's rounding error count as 0."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    noise = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
-    return vectors * values.where(values > noise, 0).sqrt() @ vectors.T
+    present = values > len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
+    return vectors[:, present] * values[present].sqrt()
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (arXiv 1706.08500, eq. 6).
 
-    `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`. The trace of the last root is the sum of the singular values of
-    `C_a^(1/2) C_b^(1/2)`, which are never negative or complex, also for singular covariances. Eigenvalues below the
-    rounding error of the largest count as zero.
+    `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`. With `C = F F^T` the trace of the last root is the sum of the
+    singular values of `F_a^T F_b`, which are never negative or complex, also for singular covariances.
 
     Args:
         mean_a: `(D,)` float64.
@@ -67,7 +67,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
         mean_b: `(D,)` float64.
         cov_b: `(D, D)` float64, symmetric.
     """
-    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
+    overlap = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap)
 
 

@@ -243,9 +243,13 @@ class GenerationMetrics(EvaluationCallback):
             metric.check(trainer, pl_module)
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws, scores, logs."""
+        """Draws, scores, logs.
+
+        Raises:
+            UserError: if two metrics have the same name.
+        """
         labels = balanced_labels(self.n, pl_module.num_classes)
-        constants: dict[str, float] = {}
+        values: dict[str, float] = {}
         for steps in self.steps:
             for metric in self.metrics:
                 metric.reset(pl_module.device)
@@ -258,12 +262,10 @@ class GenerationMetrics(EvaluationCallback):
                     metric.update(samples)
             nfe = largest(nfe)
             for metric in self.metrics:
-                values = broadcast(metric.compute(trainer))
-                self._log(pl_module, {f"{name}/{nfe}": value for name, value in values.items()})
+                for name, value in broadcast(metric.compute(trainer)).items():
+                    if f"{name}/{nfe}" in values:
+                        raise UserError(f"metrics: '{name}/{nfe}' is measured twice, expected one metric of that name")
+                    values[f"{name}/{nfe}"] = value
         for metric in self.metrics:
-            constants |= broadcast(metric.constants(trainer))
-        self._log(pl_module, constants)
-
-    @staticmethod
-    def _log(pl_module: pl.LightningModule, values: dict[str, float]) -> None:
+            values |= broadcast(metric.constants(trainer))
         pl_module.log_dict(values, on_epoch=True, batch_size=1, sync_dist=True)

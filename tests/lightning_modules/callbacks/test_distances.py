@@ -74,6 +74,13 @@ def test_frechet_to_itself_is_zero_when_singular():
     assert abs(frechet_distance(mean, cov, mean, cov)) < 1e-10 * float(cov.trace())
 
 
+def test_frechet_to_a_single_point_is_the_spread_around_it():
+    mean, cov = moments(features(50, 4, 3))
+    nothing = torch.zeros(4, 4, dtype=torch.float64)
+    found = frechet_distance(mean, cov, mean + 1, nothing)
+    assert found == pytest.approx(4 + float(cov.trace()), rel=1e-12)
+
+
 def test_kernel_distance_is_the_mean_over_pairs():
     x, y = features(9, 4, 1), features(6, 4, 2)
 

@@ -92,6 +92,7 @@ def test_modes_and_global_random_state_are_as_before(fakes):
 def test_metrics_share_one_set_and_are_named_by_network_calls(fakes, tmp_path):
     module, data = fakes.digits_module_and_data()
     first, second = Spy(), Spy()
+    second.compute = lambda trainer: {}
     callback = GenerationMetrics([first, second], steps=[1, 4], n=30)
     trainer = fakes.quiet_trainer(tmp_path, [callback])
     trainer.fit(module, datamodule=data)
@@ -154,6 +155,13 @@ def test_metrics_on_the_same_features_compute_them_once(fakes):
     (chunk,) = generate(module, 10, 1, 0, balanced_labels(10, 10))
     assert torch.equal(chunk.features(Counting()), chunk.features(Counting()))
     assert Counting.calls == 1
+
+
+def test_two_metrics_of_one_name_are_refused(fakes, tmp_path):
+    module, data = fakes.digits_module_and_data()
+    trainer = fakes.quiet_trainer(tmp_path, [GenerationMetrics([Spy(), Spy()], steps=[1], n=2)])
+    with pytest.raises(UserError, match="'mean/1' is measured twice"):
+        trainer.validate(module, datamodule=data, verbose=False)
 
 
 def test_a_run_without_datamodule_is_refused(fakes, tmp_path):
