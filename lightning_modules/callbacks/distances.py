@@ -49,7 +49,7 @@ class GaussianSums:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """`F` `(D, r)` with `F F^T` the covariance, of rank r; eigenvalues below the largest's rounding error count as 0."""
+    """`F` `(D, r)` with `F F^T` the covariance; eigenvalues below the largest's rounding error count as 0."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     present = values > len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
     return vectors[:, present] * values[present].sqrt()
