@@ -90,7 +90,8 @@ class UNet(nn.Module):
     """U-Net velocity field (arXiv 2006.11239 appendix B; adaptive normalisation of arXiv 2105.05233).
 
     Residual blocks going down and as many going up, joined by concatenation; 2x2 means and nearest neighbours between
-    the levels; two blocks with attention in the middle. The output layer starts at zero.
+    the levels; two blocks, with attention between them, in the middle. The output layer starts at zero. The defaults
+    are sized for 8x8 images on a CPU: 0.3 M parameters, 4 GFLOP for a training step of batch 128.
 
     Args:
         shape: (C, H, W) of a sample; H and W multiples of 2^(levels - 1).
@@ -108,9 +109,9 @@ class UNet(nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int] = (1, 8, 8),
-        width: int = 32,
+        width: int = 24,
         mult: Sequence[int] = (1, 2),
-        blocks: int = 2,
+        blocks: int = 1,
         attention: Sequence[int] = (),
         num_classes: int = 0,
         text_dim: int = 0,

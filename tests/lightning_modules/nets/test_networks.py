@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.lightning_modules.nets.condition import CrossAttention, FourierEmbedding, attend, positional_embedding
 from penstock.lightning_modules.nets.dit import DiT, dit, grid_embedding
@@ -263,3 +264,11 @@ def test_networks_are_configurable_by_class_path(class_path, init_args, kind):
 def test_half_precision_times_are_scaled_in_float32():
     t = torch.tensor([0.40625, 0.40234375], dtype=torch.bfloat16)
     torch.testing.assert_close(positional_embedding(t, 8, 999.0), positional_embedding(t.float() * 999, 8))
+
+
+def test_default_unet_is_as_small_as_its_docstring_says():
+    net = UNet(num_classes=10)
+    assert 0.25e6 < sum(p.numel() for p in net.parameters()) < 0.35e6
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(128, 1, 8, 8), torch.rand(128), torch.randint(10, (128,))).sum().backward()
+    assert 3.5e9 < counter.get_total_flops() < 4.5e9
