@@ -1,5 +1,6 @@
 """Exponential moving average of the weights, for plain, compiled and sharded modules."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ class EMA(Callback):
                 places[id(weight)] = len(self._weights)
                 local = weight.to_local() if isinstance(weight, DTensor) else weight
                 self._weights.append(local)
-                self._shadow.append(known[name].to(local.device) if name in known else local.clone())
+                self._shadow.append(known[name].to(local) if name in known else local.clone())
             self._names[name] = places[id(weight)]
 
 
@@ -201,6 +202,7 @@ def _reshard(module: nn.Module) -> None:
 
 
 def _accept_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = {plain_name(key): key for key in module.state_dict(prefix=prefix)}
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    own = {prefix + plain_name(name): prefix + name for name, _ in named}
     for key in list(state_dict):
         state_dict[own.get(plain_name(key), key)] = state_dict.pop(key)
