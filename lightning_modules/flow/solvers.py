@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint
 
@@ -82,18 +84,22 @@ class _Counted:
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         return self.velocity(x, torch.full((len(x),), t, dtype=dtype, device=x.device))
 
+    def at(self, t: Tensor, x: Tensor) -> Tensor:
+        """The same for a time that is a scalar tensor, in the order of arguments of torchdiffeq."""
+        self.calls += 1
+        return self.velocity(x, t.expand(len(x)))
+
 
 class _Schedule:
     """The path's coefficients at given times, as plain numbers."""
 
     def __init__(self, path: Path, times: list[float]):
         t = torch.tensor(times, dtype=torch.float64)
-        self.times = times
+        self.path, self.times = path, times
         self.alpha, self.sigma = path.alpha(t).tolist(), path.sigma(t).tolist()
         self.d_alpha, self.d_sigma = path.d_alpha(t).tolist(), path.d_sigma(t).tolist()
         self.half_log_snr = path.half_log_snr(t).tolist()
         self.ratio = [math.exp(-value) for value in self.half_log_snr]
-        self.path = path
 
     def data_and_noise(self, i: int, x: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """`E[x1 | x]` and `E[x0 | x]` at the i-th time."""
@@ -167,7 +173,7 @@ class Midpoint(_GridSolver):
 
 @dataclass(frozen=True)
 class RK45(Solver):
-    """Adaptive Dormand-Prince 5(4) of torchdiffeq over the flattened batch, from `grid[0]` to `grid[-1]`.
+    """Adaptive Dormand-Prince 5(4) over the flattened batch, from `grid[0]` to `grid[-1]`.
 
     The error norm is an RMS over the whole batch, so that `nfe` depends on the batch. The last step ends exactly at
     `grid[-1]`: the velocity is never asked beyond it. Inner times of the grid only matter to `trajectory`.
@@ -175,10 +181,14 @@ class RK45(Solver):
     Args:
         rtol: relative tolerance.
         atol: absolute tolerance, in units of the state.
+        backend: `torchdiffeq` keeps the state on its device, in its dtype, differentiable. `scipy` carries it in
+            float64 on the CPU, without gradients: the integrator of the official rectified-flow evaluation, step for
+            step. The two choose different steps where a network is rough in t.
     """
 
     rtol: float = 1e-5
     atol: float = 1e-5
+    backend: Literal["torchdiffeq", "scipy"] = "torchdiffeq"
 
     def __call__(
         self,
@@ -191,17 +201,27 @@ class RK45(Solver):
         trajectory: bool = False,
     ) -> Solution:
         times = check_grid(grid)
-        calls = 0
-
-        def field(t: Tensor, state: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return velocity(state, t.expand(len(state)))
-
         wanted = times if trajectory else [times[0], times[-1]]
-        t = torch.tensor(wanted, dtype=torch.float64, device=x.device)
-        states = odeint(field, x, t, rtol=self.rtol, atol=self.atol, method="dopri5", options={"step_t": t[-1:]})
-        return Solution(states[-1], calls, states if trajectory else None)
+        counted = _Counted(velocity)
+        states = (self._scipy if self.backend == "scipy" else self._torchdiffeq)(counted, x, wanted)
+        return Solution(states[-1], counted.calls, states if trajectory else None)
+
+    def _torchdiffeq(self, velocity: _Counted, x: Tensor, times: list[float]) -> Tensor:
+        t = torch.tensor(times, dtype=torch.float64, device=x.device)
+        options = {"step_t": t[-1:]}
+        return odeint(velocity.at, x, t, rtol=self.rtol, atol=self.atol, method="dopri5", options=options)
+
+    @torch.no_grad()
+    def _scipy(self, velocity: _Counted, x: Tensor, times: list[float]) -> Tensor:
+        def field(t: float, flat: np.ndarray) -> np.ndarray:
+            state = torch.from_numpy(flat).to(x.device, x.dtype).reshape(x.shape)
+            return velocity(state, t).double().flatten().cpu().numpy()
+
+        start, ends = x.double().flatten().cpu().numpy(), (times[0], times[-1])
+        solved = solve_ivp(field, ends, start, method="RK45", t_eval=times, rtol=self.rtol, atol=self.atol)
+        if not solved.success:
+            raise ValueError(f"RK45 stopped at t={solved.t[-1] if len(solved.t) else times[0]:g}: {solved.message}")
+        return torch.from_numpy(solved.y.T.copy()).to(x.device, x.dtype).reshape(-1, *x.shape)
 
 
 @dataclass(frozen=True)
@@ -255,8 +275,7 @@ class DPMSolverPP2M(_GridSolver):
         at = _Schedule(path, times)
         if at.sigma[0] == 0:
             raise ValueError("DPMSolverPP2M cannot leave a state without noise: start the grid before t=1")
-        steps = len(times) - 1
-        previous, previous_h = None, math.inf
+        steps, previous, previous_h = len(times) - 1, None, math.inf
         for i in range(steps):
             data, _ = at.data_and_noise(i, x, velocity(x, times[i]))
             h = at.half_log_snr[i + 1] - at.half_log_snr[i]
@@ -302,7 +321,7 @@ class EDMHeun(_GridSolver):
         gain = min(self.s_churn / steps, math.sqrt(2) - 1)
         if gain > 0 and times[-1] < times[0]:
             raise ValueError("EDMHeun with churn only runs from noise to data: use an ascending grid or s_churn=0")
-        churned = [n * (1 + gain) if gain > 0 and self.s_min <= n <= self.s_max else n for n in at.ratio[:-1]]
+        churned = [n * (1 + gain) if self.s_min <= n <= self.s_max else n for n in at.ratio[:-1]]
         start = _Schedule(path, self._times_at(churned, at, path))
         for i in range(steps):
             y = x / at.alpha[i]
@@ -344,19 +363,17 @@ class EulerMaruyama(_GridSolver):
 
     def _states(self, velocity, x, times, path, generator):
         at = _Schedule(path, times)
-        t = torch.tensor(times, dtype=torch.float64)
         named = {"reverse": path.reverse_diffusion, "sigma": path.sigma}
         diffusion = self.diffusion if callable(self.diffusion) else named[self.diffusion]
-        g = (self.scale * diffusion(t)).tolist()
+        g = (self.scale * diffusion(torch.tensor(times, dtype=torch.float64))).tolist()
         for i, (t_now, t_next) in enumerate(pairwise(times)):
             if not math.isfinite(g[i]) or at.sigma[i] == 0:
                 raise ValueError(
                     f"EulerMaruyama: diffusion {g[i]:g} with sigma {at.sigma[i]:g} at t={t_now:g} has no finite drift: "
                     f"stay inside {path.snr_range}"
                 )
-            slope = velocity(x, t_now)
+            slope, dt = velocity(x, t_now), abs(t_next - t_now)
             _, noise = at.data_and_noise(i, x, slope)
-            dt = abs(t_next - t_now)
             x = x + (t_next - t_now) * slope - (g[i] ** 2 * dt / (2 * at.sigma[i])) * noise
             x = x + g[i] * math.sqrt(dt) * _normal(x, generator)
             yield x

@@ -213,7 +213,8 @@ def test_straight_velocity_needs_one_step():
         torch.testing.assert_close(out, m + s * x, rtol=0, atol=1e-12)
 
 
-def test_rk45_forward_reverse_and_counting():
+@pytest.mark.parametrize("backend", ["torchdiffeq", "scipy"])
+def test_rk45_forward_reverse_and_counting(backend):
     """Rectified flow section 8, row 6; the velocity is never asked outside of the grid."""
     flow = gaussian(0.3, 0.5)
     seen = []
@@ -224,13 +225,25 @@ def test_rk45_forward_reverse_and_counting():
         return flow.velocity(x, t)
 
     x = torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    there = RK45()(velocity, x, torch.tensor([0.0, 1.0]))
+    there = RK45(backend=backend)(velocity, x, torch.tensor([0.0, 1.0]))
     assert there.nfe == len(seen)
     assert 0 <= min(seen) <= max(seen) <= 1
     torch.testing.assert_close(there.x, 0.3 + 0.5 * x, rtol=0, atol=1e-4)
-    back = RK45()(velocity, there.x, torch.tensor([1.0, 0.0]))
+    back = RK45(backend=backend)(velocity, there.x, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(back.x, x, rtol=0, atol=1e-4)
-    assert RK45(1e-8, 1e-8)(velocity, x, grids.uniform(1)).nfe > there.nfe
+    assert RK45(1e-8, 1e-8, backend)(velocity, x, grids.uniform(1)).nfe > there.nfe
+
+
+def test_rk45_backends_agree_and_scipy_reports_failure():
+    flow = MixtureFlow(TWO_MODES)
+    x, grid = points(-1.5, -0.2, 0.3, 1.1), torch.linspace(0.9, 0.1, 4, dtype=torch.float64)
+    ours, scipys = (
+        RK45(1e-9, 1e-9, backend)(flow.velocity, x, grid, trajectory=True).trajectory
+        for backend in ("torchdiffeq", "scipy")
+    )
+    torch.testing.assert_close(ours, scipys, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="RK45 stopped at t="):
+        RK45(backend="scipy")(lambda x, t: x**4, points(5.0), torch.tensor([0.0, 1.0]))
 
 
 def test_rk45_error_follows_its_tolerance():
@@ -245,7 +258,9 @@ def test_rk45_error_follows_its_tolerance():
 
 
 @pytest.mark.parametrize(
-    "solver", [s for s, _ in ORDERS] + [Midpoint(), RK45(1e-8, 1e-8), EulerMaruyama("sigma")], ids=repr
+    "solver",
+    [s for s, _ in ORDERS] + [Midpoint(), RK45(1e-8, 1e-8), RK45(1e-8, 1e-8, "scipy"), EulerMaruyama("sigma")],
+    ids=repr,
 )
 def test_trajectory_has_a_state_for_every_time(solver):
     flow = gaussian(0.3, 0.5)
