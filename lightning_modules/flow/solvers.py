@@ -127,10 +127,11 @@ class _GridSolver(Solver):
     ) -> Solution:
         times = check_grid(grid)
         counted = _Counted(velocity)
-        states = [x]
+        state, states = x, [x]
         for state in self._states(counted, x, times, path, generator):
-            states = [*states, state] if trajectory else [state]
-        return Solution(states[-1], counted.calls, torch.stack(states) if trajectory else None)
+            if trajectory:
+                states.append(state)
+        return Solution(state, counted.calls, torch.stack(states) if trajectory else None)
 
     @abstractmethod
     def _states(
