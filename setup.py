@@ -9,7 +9,9 @@ from setuptools import find_namespace_packages, setup
 ROOMS = ("lightning_modules", "datamodules", "kernels", "conf", "benchmarks")
 
 setup(
-    packages=[f"penstock.{p}" for room in ROOMS for p in (room, *(f"{room}.{s}" for s in find_namespace_packages(room)))],
+    packages=[
+        f"penstock.{p}" for room in ROOMS for p in (room, *(f"{room}.{s}" for s in find_namespace_packages(room)))
+    ],
     package_dir={f"penstock.{room}": room for room in ROOMS},
     package_data={"": ["*.yaml", "*.json"]},
 )

@@ -1,7 +1,6 @@
 """What all kinds of data share: splits, loaders, ranks, seeds and the way onto the device."""
 
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -112,7 +111,7 @@ class KindDataModule(LightningDataModule):
     @property
     def run_seed(self) -> int:
         """`seed`, or the seed that `seed_everything` left in the environment, or 0."""
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return self.seed if self.seed is not None else run_seed()
 
     @property
     def ranks(self) -> tuple[int, int]:

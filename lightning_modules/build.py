@@ -35,7 +35,10 @@ def config_of_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file can't be read, or was not written by this program.
     """
-    checkpoint = load_checkpoint(path)
+    return _config(load_checkpoint(path), path)
+
+
+def _config(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     if "config" not in checkpoint:
         raise UserError(f"{path}: no configuration in this checkpoint; expected one written by penstock fit")
     return yaml.safe_load(checkpoint["config"])
@@ -48,6 +51,6 @@ def model_from_checkpoint(path: Path) -> LightningModule:
         UserError: a file that can't be read, that another program wrote, or that holds another model's weights.
     """
     checkpoint = load_checkpoint(path)
-    (model,) = build(config_of_checkpoint(path), "model")
-    load_weights(model, checkpoint)
+    (model,) = build(_config(checkpoint, path), "model")
+    load_weights(model, checkpoint, f"checkpoint '{path}'")
     return model.eval()

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.seeds import run_seed
 
 
 class StepSeed(Callback):
@@ -16,13 +17,14 @@ class StepSeed(Callback):
     the day CUDA starts, with a stack trace, at a third of a millisecond each time.
 
     Args:
-        seed: of the experiment, in [0, 2^64).
+        seed: in [0, 2^64); None = the seed of the run.
 
     Raises:
         UserError: seed outside that range.
     """
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int | None = None):
+        seed = run_seed() if seed is None else seed
         if not 0 <= seed < 2**64:
             raise UserError(f"StepSeed: seed {seed}, expected an integer in [0, 2^64)")
         self.seed = seed

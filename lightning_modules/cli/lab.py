@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, load_checkpoint
+from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from penstock.lightning_modules.cli.explain import explain
 from penstock.lightning_modules.errors import UserError
 
@@ -84,26 +84,9 @@ class Lab(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if (path := kwargs.get("ckpt_path")) and Path(path).is_file():
-            self._check_checkpoint(path)
+            check_weights(self.model, load_checkpoint(path), f"ckpt_path={path}")
         kwargs["weights_only"] = True
         return kwargs
-
-    def _check_checkpoint(self, path: str) -> None:
-        state = load_checkpoint(path)["state_dict"]
-        own = self.model.state_dict()
-        if state.keys() != own.keys():
-            extra, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
-            raise UserError(
-                f"ckpt_path={path}: a checkpoint of another model: {len(missing)} weights of "
-                f"{type(self.model).__name__} missing (first: {(missing or ['-'])[0]}), {len(extra)} unknown "
-                f"(first: {(extra or ['-'])[0]})"
-            )
-        for key, value in own.items():
-            if state[key].shape != value.shape:
-                raise UserError(
-                    f"ckpt_path={path}: a checkpoint of another model: {key} has shape {tuple(state[key].shape)}, "
-                    f"expected {tuple(value.shape)}"
-                )
 
     def after_fit(self) -> None:
         stopped = self.trainer.interrupted or self.trainer.fast_dev_run

@@ -17,7 +17,7 @@ def feature_matching_loss(
     *,
     path: Path = Linear(),  # noqa: B008
 ) -> Tensor:
-    """`|J_h(x_t) (dx_t/dt - v(x_t, t))|^2` of each sample `(B,)`, mean over the features (arXiv 2209.03003 section 5.3).
+    """`|J_h(x_t) (dx_t/dt - v(x_t, t))|^2` of each sample `(B,)`, mean over features (arXiv 2209.03003 section 5.3).
 
     `J_h` is the Jacobian of `features` at `x_t`; it is applied by forward-mode differentiation and no gradient flows
     through `x_t` or `features`. With the identity it is the plain loss.

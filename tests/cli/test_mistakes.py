@@ -128,7 +128,7 @@ def test_checkpoint_of_another_model(run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt = run / "checkpoints" / "last.ckpt"
     assert main(["fit", *QUICK, *BARE, "model.net.width=16", f"ckpt_path={ckpt}"]) == 2
-    assert "checkpoint of another model" in capsys.readouterr().err
+    assert "weights of another model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["fit", "sample"])
