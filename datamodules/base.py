@@ -1,6 +1,7 @@
 """What all kinds of data share: splits, loaders, ranks, seeds and the way onto the device."""
 
 import hashlib
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +15,7 @@ from penstock.datamodules.pixels import Pixels
 from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, PredictionLoader, Rows, guarded
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.seeds import run_seed
 
 SPLITS = ("train", "val", "test", "all")
 Split = Literal["train", "val", "test", "all"]
