@@ -56,8 +56,8 @@ class BitsPerDim(EvaluationCallback):
             x = 2 * (level + Draws(0, 0, index).uniform("dequantise", image.shape[1:])) / levels - 1
             cond = {"cond": batch["label"][:rest].to(pl_module.device)} if conditional else {}
             generator = torch.Generator(pl_module.device).manual_seed(0)
-            with torch.no_grad():
-                log_prob = pl_module.log_prob(x, generator=generator, **cond)
+            with torch.inference_mode(False), torch.no_grad():
+                log_prob = pl_module.log_prob(x.clone(), generator=generator, **{k: v.clone() for k, v in cond.items()})
             bits = -log_prob.double() / (x[0].numel() * math.log(2)) + math.log2(levels / 2)
             total += torch.stack([bits.sum(), bits.new_tensor(len(x))])
         total = trainer.strategy.reduce(total, reduce_op="sum")
