@@ -30,7 +30,8 @@ class Throughput(Callback):
         self._optimiser_steps = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins the first reading."""
+        """Begins the first reading; a run resumed within an epoch has no start of an epoch."""
+        self._since = time.perf_counter()
         self._mark, self._samples = (self.train_seconds, trainer.fit_loop.epoch_loop._batches_that_stepped), 0
         self._optimiser_steps = trainer.global_step
 
@@ -81,7 +82,7 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock and logs the time so far."""
         self._stop(pl_module.device)
-        pl_module.log("train_seconds", self.train_seconds, rank_zero_only=True)
+        pl_module.log("train_seconds", self.train_seconds, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_wei
 from penstock.lightning_modules.cli.explain import explain
 from penstock.lightning_modules.errors import UserError
 
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`broadcast_buffers` is deprecated.*",
+    r".*smaller than the logging interval.*",
+    r".*does not have many workers.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
 VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -101,6 +109,8 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
         UserError: bad input, in one line.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         lab = Lab(args, restore_argv)
     except jsonargparse.ArgumentError as error:

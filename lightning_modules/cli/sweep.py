@@ -83,14 +83,12 @@ def run_job(verb: str, words: list[str], run_dir: Path) -> int:
 
 
 def objective(name: str | None, run_dir: Path) -> float | None:
-    """The job's value for the sweeper.
-
-    Raises:
-        UserError: the run has no such metric.
-    """
+    """The job's value for the sweeper; None, with a line on stderr, when the run has no such metric."""
     if name is None:
         return None
     metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
     if name not in metrics:
-        raise UserError(f"objective={name}: not in {run_dir}/metrics.json{did_you_mean(name, metrics)}")
+        near = did_you_mean(name, metrics)
+        print(f"penstock: objective={name}: not in {run_dir}/metrics.json{near}", file=sys.stderr, flush=True)
+        return None
     return float(metrics[name])
