@@ -1,0 +1,47 @@
+"""The methods under the reliability tests: name -> words of a run of two epochs of four batches.
+
+A new method is covered by adding one line. The words must leave everything random switched on (dropout, dequantisation,
+couplings), a learning-rate schedule, and the average of the weights.
+"""
+
+DIGITS = [
+    "data=digits",
+    "data.batch_size=400",
+    "data.eval_batch_size=64",
+    "data.dequantise=true",
+    "model.net.width=8",
+    "model.net.dropout=0.2",
+    "+model.scheduler={class_path: penstock.lightning_modules.schedules.WarmupCosine, total: 8, warmup: 2}",
+]
+POINTS = ["data.size=400", "data.batch_size=100", "model.net.width=16"]
+POINTS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.LinearWarmup, warmup: 3}"]
+
+METHODS = {
+    "rectified_flow_digits": ["experiment=rectified_flow_digits", *DIGITS],
+    "rectified_flow_points": ["experiment=rectified_flow_points", *POINTS],
+    "rectified_flow_ot": [
+        "experiment=rectified_flow_points",
+        *POINTS,
+        "+model.coupling={class_path: penstock.lightning_modules.flow.couplings.MinibatchOT, reg: 0.05}",
+    ],
+}
+
+COMMON = [
+    "logger=csv",
+    "perf=default",
+    "callbacks.metrics=null",
+    "callbacks.samples=null",
+    "callbacks.ema.decay=0.9",
+    "callbacks.checkpoint.every_n_epochs=null",
+    "callbacks.checkpoint.every_n_train_steps=1",
+    "trainer.max_epochs=2",
+    "trainer.check_val_every_n_epoch=1",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "trainer.enable_model_summary=false",
+]
+
+
+def words(method: str) -> list[str]:
+    """Everything behind `penstock fit` for a tiny run of `method`."""
+    return [*METHODS[method], *COMMON]
