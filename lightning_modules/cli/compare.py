@@ -40,13 +40,18 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, dict):
         items = node.items()
     elif isinstance(node, list):
-        items = ((str(i), v) for i, v in enumerate(node))
+        items = ((_entry_name(i, v), v) for i, v in enumerate(node))
     else:
         return {prefix: node}
     result: dict[str, Any] = {}
     for key, value in items:
         result |= _flat(value, f"{prefix}.{key}" if prefix and key != "init_args" else (prefix or str(key)))
     return result
+
+
+def _entry_name(number: int, entry: Any) -> str:
+    """A list's entry is called after its class where it has one, so that lists in another order still line up."""
+    return entry["class_path"].rpartition(".")[2] if isinstance(entry, dict) and "class_path" in entry else str(number)
 
 
 def table(runs: list[dict[str, Any]], part: str, only_different: bool) -> list[list[str]]:

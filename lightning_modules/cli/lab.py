@@ -115,4 +115,19 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
         lab = Lab(args, restore_argv)
     except jsonargparse.ArgumentError as error:
         raise UserError(explain(error)) from error
+    except MisconfigurationException as error:
+        raise UserError(f"configuration: {error}") from error
+    if lab.trainer.is_global_zero and not lab.trainer.fast_dev_run:
+        print(_summary(lab.trainer))
     return 130 if lab.trainer.interrupted else 0
+
+
+def _summary(trainer: Trainer) -> str:
+    """The last metrics and where the run lies."""
+    folder = Path(trainer.default_root_dir)
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    values = {k: v for k, v in sorted(trainer.callback_metrics.items()) if not k.startswith(("throughput", "lr-"))}
+    width = max(map(len, values), default=0)
+    lines = [f"{name:<{width}}  {float(value):.5g}" for name, value in values.items()]
+    state = "interrupted; go on with: penstock fit ckpt_path=" if trainer.interrupted else "run folder: "
+    return "\n".join([*lines, f"{state}{shown}{'/checkpoints/last.ckpt' * trainer.interrupted}"])
