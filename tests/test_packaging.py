@@ -1,4 +1,4 @@
-"""A wheel in an environment of its own: no bare names installed, nothing of the user's shadowed, runs from any folder."""
+"""A wheel in an environment of its own: no bare names installed, nothing shadowed, runs from any folder."""
 
 import os
 import shutil
