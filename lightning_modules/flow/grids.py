@@ -5,6 +5,7 @@ Grids are float64 CPU tensors `(steps + 1,)`; they ascend from noise to data, an
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,6 +80,22 @@ def compressed(velocity: Callable[[Tensor, Tensor], Tensor], eps: float = 1e-3) 
     1/N, network times in [eps, 1) (arXiv 2209.03003, official implementation).
     """
     return lambda x, t: velocity(x, eps + (1 - eps) * t)
+
+
+def check_grid(grid: Tensor) -> list[float]:
+    """The times of a grid as numbers.
+
+    Raises:
+        ValueError: not 1-D, fewer than two times, not strictly monotone, or outside of [0, 1].
+    """
+    if grid.ndim != 1 or len(grid) < 2:
+        raise ValueError(f"a grid is a 1-D tensor of at least two times, got shape {tuple(grid.shape)}")
+    times = grid.tolist()
+    if not (all(a < b for a, b in pairwise(times)) or all(a > b for a, b in pairwise(times))):
+        raise ValueError("the times of a grid must strictly ascend (noise to data) or descend (data to noise)")
+    if min(times) < 0 or max(times) > 1:
+        raise ValueError(f"the times of a grid must lie in [0, 1], got {min(times):g} to {max(times):g}")
+    return times
 
 
 def _check(steps: int, start: float, stop: float) -> None:

@@ -17,6 +17,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint
 
+from penstock.lightning_modules.flow.grids import check_grid
 from penstock.lightning_modules.flow.paths import Linear, Path
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -378,22 +379,6 @@ class EulerMaruyama(_GridSolver):
             x = x + (t_next - t_now) * slope - (g[i] ** 2 * dt / (2 * at.sigma[i])) * noise
             x = x + g[i] * math.sqrt(dt) * _normal(x, generator)
             yield x
-
-
-def check_grid(grid: Tensor) -> list[float]:
-    """The times of a grid as numbers.
-
-    Raises:
-        ValueError: not 1-D, fewer than two times, not strictly monotone, or outside of [0, 1].
-    """
-    if grid.ndim != 1 or len(grid) < 2:
-        raise ValueError(f"a grid is a 1-D tensor of at least two times, got shape {tuple(grid.shape)}")
-    times = grid.tolist()
-    if not (all(a < b for a, b in pairwise(times)) or all(a > b for a, b in pairwise(times))):
-        raise ValueError("the times of a grid must strictly ascend (noise to data) or descend (data to noise)")
-    if min(times) < 0 or max(times) > 1:
-        raise ValueError(f"the times of a grid must lie in [0, 1], got {min(times):g} to {max(times):g}")
-    return times
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
