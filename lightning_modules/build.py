@@ -44,13 +44,19 @@ def _config(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return yaml.safe_load(checkpoint["config"])
 
 
-def model_from_checkpoint(path: Path) -> LightningModule:
+def model_from_checkpoint(path: Path, **init_args: Any) -> LightningModule:
     """The model of a run with its (averaged, where EMA was on) weights, in eval mode.
+
+    Args:
+        path: A checkpoint written by this program.
+        init_args: Arguments of the model to change, as a configuration would have them.
 
     Raises:
         UserError: a file that can't be read, that another program wrote, or that holds another model's weights.
     """
     checkpoint = load_checkpoint(path)
-    (model,) = build(_config(checkpoint, path), "model")
+    config = _config(checkpoint, path)
+    config["model"]["init_args"].update(init_args)
+    (model,) = build(config, "model")
     load_weights(model, checkpoint, f"checkpoint '{path}'")
     return model.eval()

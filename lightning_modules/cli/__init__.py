@@ -31,7 +31,8 @@ look
 options of fit/validate/test/predict
   --print    show the composed configuration and stop
   --help     every key that LightningCLI knows, with its type
-groups       model= data= trainer= callbacks= logger= strategy= perf= debug= (choices: penstock list options)
+groups       model= net= path= times= coupling= solver= data=
+              trainer= callbacks= logger= strategy= perf= debug= (choices: penstock list options)
 own configs  PENSTOCK_CONF=folder holds more files of the same groups
 """
 

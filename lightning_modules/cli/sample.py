@@ -6,10 +6,16 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
+from penstock.lightning_modules.cli.compose import nest_init_args
+from penstock.lightning_modules.cli.conf import check_choice
+from penstock.lightning_modules.cli.conf import options as conf_options
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 OWN = {"ckpt_path": str, "n": int, "steps": int, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
+OWN |= {"solver": str}
 
 
 def _typed(key: str, value: str, kind: type) -> Any:
@@ -17,6 +23,14 @@ def _typed(key: str, value: str, kind: type) -> Any:
         return kind(value)
     except ValueError:
         raise UserError(f"{key}={value}: expected {kind.__name__}") from None
+
+
+def _solver(name: str | None) -> dict[str, Any]:
+    """The model's `solver` as `conf/solver/<name>.yaml` has it, or nothing to change."""
+    if name is None:
+        return {}
+    check_choice("solver", name)
+    return {"solver": nest_init_args(yaml.safe_load(conf_options("solver")[name].read_text()))}
 
 
 def _options(model: Any) -> dict[str, type]:
@@ -56,7 +70,7 @@ def run_sample(words: list[str]) -> int:
 
     from penstock.lightning_modules.build import model_from_checkpoint
 
-    model = model_from_checkpoint(path)
+    model = model_from_checkpoint(path, **_solver(options.get("solver")))
     if not hasattr(model, "sample"):
         raise UserError(f"ckpt_path={path}: {type(model).__name__} does not generate samples")
     extra_kinds = _options(model)

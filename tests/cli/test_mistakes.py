@@ -13,6 +13,7 @@ CLASS = "penstock.lightning_modules.rectified_flow.RectifiedFlow"
 
 MISTAKES = {
     "mistyped key": (["model.lrr=1e-3"], ["at model:", "'lrr' is not accepted", "did you mean 'lr'?"]),
+    "mistyped key, written out": (["model.init_args.lrr=1e-3"], ["at model:", "'lrr' is not accepted"]),
     "plus does not help": (["+model.lrr=1e-3"], ["at model:", "'lrr' is not accepted"]),
     "wrong type": (["model.lr=abc"], ["at model.optimizer.lr:", "expected float", "found abc"]),
     "wrong class": ([f"model.class_path={CLASS}s"], ["has no 'RectifiedFlows'", "did you mean 'RectifiedFlow'?"]),
@@ -165,6 +166,7 @@ def test_hostile_checkpoint_runs_nothing(capsys, tmp_path, monkeypatch):
         (["steps=0"], ["steps=0", "1 or more"]),
         (["steps=x"], ["steps=x", "expected int"]),
         (["step=4"], ["step", "did you mean 'steps'?"]),
+        (["solver=huen"], ["solver=huen", "did you mean 'heun'?"]),
         (["labels=12"], ["labels=12", "0 to 9"]),
         (["guidance=x"], ["guidance=x", "expected float"]),
         (["nonsense"], ["nonsense", "key=value"]),
@@ -188,5 +190,7 @@ def test_sample_writes_pictures(run, capsys, tmp_path):
         f"out={tmp_path}/o",
     ]
     assert main(["sample", *words]) == 0
+    assert "4 network calls each" in capsys.readouterr().out
+    assert main(["sample", f"ckpt_path={run}/checkpoints/last.ckpt", *words[:3], "solver=heun", words[-1]]) == 0
     assert "4 network calls each" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"grid.png", "samples.safetensors", "report.json"}

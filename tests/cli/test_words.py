@@ -82,6 +82,7 @@ def test_values_with_signs_of_the_grammar(value):
         ("perf=[bf61,compile]", ["perf=bf61", "did you mean 'bf16'?"]),
         ("experimnt=x", ["'experimnt'", "did you mean 'experiment'?"]),
         ("bogus=3", ["'bogus'", "unknown", "trainer"]),
+        ("+bogus=3", ["'bogus'", "unknown", "trainer"]),
         ("experiment", ["'experiment'", "expected key=value"]),
         ("data.batch_size=[1", ["configuration"]),
     ],
@@ -92,6 +93,11 @@ def test_mistakes_name_the_place_and_the_nearest_choice(word, parts, capsys):
     assert err.count("\n") == 1
     for part in parts:
         assert part in err
+
+
+def test_unknown_verb(capsys):
+    assert main(["fitt"]) == 2
+    assert "verb 'fitt': expected one of fit," in capsys.readouterr().err
 
 
 def test_own_configuration_folder(tmp_path, monkeypatch, capsys):
