@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import os
+import time
 from argparse import Namespace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,19 +30,21 @@ def write_atomically(path: Path, text: str) -> None:
 class RunLogger(Logger):
     """`metrics.csv` (one row a step) and `metrics.json` (last value of every metric, flat name -> number).
 
-    A resumed run goes on in the same files; rows after the step it resumed from are dropped first.
+    A resumed run goes on in the same files; rows after the checkpoint that it resumed from are dropped first. Both
+    files are written whole, hence not at every row: every few seconds, before a checkpoint, and at the end.
 
     Args:
         save_dir: Folder of the two files; None is the run folder.
-        flush_every: Rows kept in memory before they are written.
+        seconds: Shortest time between two writes.
     """
 
-    def __init__(self, save_dir: str | None = None, flush_every: int = 50):
+    def __init__(self, save_dir: str | None = None, seconds: float = 5.0):
         super().__init__()
-        self.flush_every = flush_every
+        self.seconds = seconds
+        self._written = -math.inf
         self._folder = Path(save_dir) if save_dir else run_dir()
         self._rows: dict[int, dict[str, float]] = {}
-        self._fresh: set[int] = set()
+        self._fresh = False
         self._opened = False
 
     @property
@@ -71,25 +75,35 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds `metrics` to the row of `step`."""
         if not self._opened:
-            self._open(step or 0)
-        step = max(self._rows, default=0) if step is None else int(step)
-        self._rows.setdefault(step, {}).update({k: float(v) for k, v in metrics.items()})
-        self._fresh.add(step)
-        if len(self._fresh) >= self.flush_every:
-            self.save()
+            self.rewind((step or 0) - 1)
+        step = self.last_row if step is None else int(step)
+        self._rows.setdefault(max(step, 0), {}).update({k: float(v) for k, v in metrics.items()})
+        self._fresh = True
 
-    def _open(self, step: int) -> None:
-        path = self._folder / "metrics.csv"
+    @property
+    def last_row(self) -> int:
+        """Step of the last row; -1 when there is none."""
+        return max(self._rows, default=-1)
+
+    @rank_zero_only
+    def rewind(self, last: int) -> None:
+        """Goes on after the row of step `last` of the file in the folder, if there is one; later rows are dropped."""
+        path, self._rows, self._opened = self._folder / "metrics.csv", {}, True
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    if row["step"] and int(row["step"]) < step:
+                    if row["step"] and int(row["step"]) <= last:
                         self._rows[int(row["step"])] = {k: float(v) for k, v in row.items() if v and k != "step"}
-        self._opened = True
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes both files."""
+        """Writes both files, if the last time was long ago: the trainer calls this after every row."""
+        if time.monotonic() - self._written >= self.seconds:
+            self.flush()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes both files now."""
         if not self._fresh:
             return
         keys = list(dict.fromkeys(k for row in self._rows.values() for k in row))
@@ -99,18 +113,16 @@ class RunLogger(Logger):
             row = self._rows[step]
             last.update(row)
             lines.append([step, *(repr(row[k]) if k in row else "" for k in keys)])
-        from io import StringIO
-
         text = StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
         write_atomically(self._folder / "metrics.csv", text.getvalue())
         finite = {k: v if math.isfinite(v) else str(v) for k, v in last.items()}
         write_atomically(self._folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
-        self._fresh.clear()
+        self._fresh, self._written = False, time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self.flush()
 
 
 def logged_in_to_wandb() -> bool:

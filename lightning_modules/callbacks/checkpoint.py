@@ -5,9 +5,13 @@ import threading
 from datetime import timedelta
 from typing import Any, Literal
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+
+from penstock.lightning_modules.loggers import RunLogger
 
 
 class Checkpoint(ModelCheckpoint):
@@ -15,6 +19,10 @@ class Checkpoint(ModelCheckpoint):
 
     The last state of a run is always saved, whatever the interval. In a single process the first Ctrl-C (or SIGTERM)
     lets the batch finish, saves, and then stops, so that the run resumes to the same bits; a second one stops at once.
+
+    A resumed run makes every validation and every row of metrics.csv of one never stopped: a save that falls on a batch
+    with a validation or the epoch's end behind it waits for that (Lightning, resumed from before it, would skip it),
+    and the metrics of the batch are written before the checkpoint, which knows the last row that belongs to it.
 
     Args:
         monitor: Metric of `metrics.json` whose best values are kept too; None keeps only the last checkpoint.
@@ -49,6 +57,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self._handlers: dict[int, Any] = {}
         self._stop = False
+        self._waits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = f"{trainer.default_root_dir}/checkpoints"
@@ -73,10 +82,54 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        loop = trainer.fit_loop.epoch_loop
+        self._waits = self.monitor is None and (
+            loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        )
+        if not self._waits:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._stop:
             self._save_now(trainer)
+            self._leave()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._catch_up(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._catch_up(trainer, pl_module)
+
+    def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+            if self._stop:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+                self._leave()
+
+    def _leave(self) -> None:
+        if not self._waits:
             raise KeyboardInterrupt
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+        pending, step = {}, loop._batches_that_stepped
+        if trainer.training and (connector._first_loop_iter is None or connector.should_update_logs):
+            pending = convert_tensors_to_scalars(connector.metrics["log"])
+            step -= connector._first_loop_iter is None
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                if pending:
+                    logger.log_metrics({**pending, "epoch": trainer.current_epoch}, step)
+                logger.flush()
+                checkpoint["last_row"] = logger.last_row
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger) and trainer.state.fn == TrainerFn.FITTING and "last_row" in checkpoint:
+                logger.rewind(checkpoint["last_row"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
