@@ -6,8 +6,9 @@ couplings), a learning-rate schedule, and the average of the weights.
 
 DIGITS = [
     "data=digits",
-    "data.batch_size=400",
-    "data.eval_batch_size=64",
+    "data.val_fraction=0.95",
+    "data.batch_size=20",
+    "data.eval_batch_size=40",
     "data.dequantise=true",
     "model.net.width=8",
     "model.net.dropout=0.2",
@@ -37,6 +38,8 @@ COMMON = [
     "trainer.max_epochs=2",
     "trainer.check_val_every_n_epoch=1",
     "trainer.log_every_n_steps=1",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=1",
     "trainer.accelerator=cpu",
     "trainer.enable_model_summary=false",
 ]
