@@ -20,15 +20,18 @@ TINY += ["trainer.limit_train_batches=2", "trainer.check_val_every_n_epoch=1", "
 TINY += ["callbacks.samples.rows=1", "callbacks.samples.steps=1"]
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
+def write_files(folder):
     """The files of the page, under the same names, with the class found in the folder itself."""
-    folder = tmp_path_factory.mktemp("own")
     for name, text in (found.groups() for part in SECTION.split(PAGE.read_text()) if (found := FILE.match(part))):
         path = folder / name.removeprefix("lightning_modules/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.replace("penstock.lightning_modules.clean_flow", "clean_flow"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,135 @@
+"""README and docs: every `penstock` command in them is understood, key by key; every file they point to exists."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentError
+
+from penstock.lightning_modules.cli import HELP, _run
+from penstock.lightning_modules.cli.lab import Lab
+from penstock.lightning_modules.cli.verbs import _own_argv_hidden, plan
+from penstock.lightning_modules.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`(penstock [^`]+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+PROGRAM = re.compile(r"(?:^|[\s/])penstock(?:\.lightning_modules)? (?P<words>[a-z-].*)$")
+CHECKPOINT = re.compile(r"^ckpt_path=.*")
+TINY = ["logger=csv", "callbacks=base", "callbacks.ema=null", "model.net.width=8", "model.net.blocks=1"]
+
+
+def commands(pages):
+    """The words after `penstock` in code blocks and in running text, each once."""
+    found = {}
+    for page in pages:
+        text = page.read_text()
+        lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+        for line in lines + INLINE.findall(" ".join(BLOCK.sub("", text).split())):
+            for part in line.split("&&"):
+                if match := PROGRAM.search(part.split("  #")[0].strip()):
+                    found.setdefault(match["words"], page.name)
+    return found
+
+
+class Judge(Lab):
+    """Checks every key and type as a run would, then stops before anything is built."""
+
+    def instantiate_classes(self):
+        pass
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with a finished run, as the pages assume, and the method of docs/add_a_method.md."""
+    folder = tmp_path_factory.mktemp("docs")
+    runpy.run_path(str(ROOT / "tests" / "cli" / "test_own_method.py"))["write_files"](folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("RUN_DIR", str(folder / "run"))
+        assert _run(["fit", *TINY, "trainer.max_steps=1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setenv("PENSTOCK_CONF", "conf")
+    monkeypatch.setenv("RUN_DIR", str(place / "other"))
+
+
+def judge(verb, words):
+    args, _ = plan(verb, words)
+    with _own_argv_hidden():
+        Judge(args, lambda: None)
+
+
+def jobs(words):
+    """The words of enough jobs of a sweep that every choice is in one of them."""
+    choices = [[f"{key}={v}" for v in value.split(",")] for key, _, value in (w.partition("=") for w in words)]
+    return [[c[min(i, len(c) - 1)] for c in choices] for i in range(max(map(len, choices)))]
+
+
+def check(line):
+    """Raises, or fails, where the line would be refused; runs nothing that trains."""
+    verb, *words = shlex.split(line)
+    words = [CHECKPOINT.sub("ckpt_path=run/checkpoints/last.ckpt", w) for w in words]
+    words = ["run/config.yaml" if before == "--config" else w for before, w in zip(["", *words], words)]
+    if not words and verb != "list":
+        assert f"\n  {verb} " in HELP or verb.startswith("--")
+    elif verb in ("fit", "validate", "test", "predict") and "--help" not in words:
+        given = [w for w in words if w not in ("-m", "--print")]
+        for job in jobs(given) if "-m" in words else [given]:
+            judge(verb, job)
+    elif verb == "sample":
+        assert _run([verb, *words, "n=2", "steps=1", "out=out"]) == 0
+    elif verb == "compare":
+        assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
+    elif verb == "list":
+        assert _run([verb, *(w for w in words if not w.startswith("["))]) == 0
+    else:
+        with pytest.raises(SystemExit, match="0"):
+            _run([verb, *words])
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("line", commands(PAGES))
+def test_every_command_is_understood(line):
+    check(line)
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(
+    ("line", "error", "part"),
+    [
+        ("fit experiment=rectified_flow_digit", UserError, "rectified_flow_digits"),
+        ("fit experiment=rectified_flow_digits model.guidence=2", ArgumentError, "guidence"),
+        ("fit -m experiment=rectified_flow_digits trainer.max_epoch=1,2", ArgumentError, "max_epoch"),
+        ("test ckpt_path=runs/x.ckpt trainer.devizes=3", ArgumentError, "devizes"),
+        ("fitt", AssertionError, "fitt"),
+        ("sample ckpt_path=runs/x.ckpt step=4", UserError, "step"),
+    ],
+)
+def test_a_wrong_word_would_be_found(line, error, part):
+    with pytest.raises(error, match=part):
+        check(line)
+
+
+def test_commands_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Say `penstock list\nmethods`.\n```bash\ncd x && .venv/bin/penstock fit a=1  # note\n```\n")
+    assert list(commands([page])) == ["fit a=1", "list methods"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
