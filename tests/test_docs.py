@@ -1,5 +1,6 @@
 """README and docs: every `penstock` command in them is understood, key by key; every file they point to exists."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ import pytest
 from jsonargparse import ArgumentError
 
 from penstock.lightning_modules.cli import HELP, _run
+from penstock.lightning_modules.cli.conf import groups
 from penstock.lightning_modules.cli.lab import Lab
 from penstock.lightning_modules.cli.verbs import _own_argv_hidden, plan
 from penstock.lightning_modules.errors import UserError
@@ -133,3 +135,27 @@ def test_commands_are_found(tmp_path):
 def test_links_lead_somewhere(page):
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_table_of_groups_is_complete():
+    text = (ROOT / "docs" / "commands.md").read_text().split("| group |")[1].split("\n\n")[0]
+    named = {name for row in text.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(groups())
+
+
+def rooms():
+    """Folder -> what docs/architecture.md lets it import of the project; None is anything."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    return {row[0].strip("`"): None if row[2] == "anything" else set(re.findall(r"`(\w+)`", row[2])) for row in rows}
+
+
+@pytest.mark.parametrize("folder", [name for name, allowed in rooms().items() if allowed is not None])
+def test_rooms_import_what_architecture_says(folder):
+    found = set()
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("penstock."):
+                parts = [p for p in node.module.split(".") if p not in ("penstock", "lightning_modules")]
+                found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    assert found - {Path(folder).name} <= rooms()[folder]
