@@ -1,11 +1,13 @@
 """Callbacks and networks that the tests name by class path: they copy a run's disk, or go wrong on purpose."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 
 
 class Cuts(Checkpoint):
@@ -35,3 +37,36 @@ class Cuts(Checkpoint):
         if trainer.is_global_zero and not trainer.ckpt_path:
             target = self.out / f"{moment}{trainer.global_step}"
             shutil.copytree(trainer.default_root_dir, target, dirs_exist_ok=True)
+
+
+class BadLoss(Callback):
+    """Makes the loss of one rank NaN in one step, by its data.
+
+    Args:
+        step: The bad step.
+        rank: The bad rank.
+    """
+
+    def __init__(self, step: int, rank: int):
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            batch[pl_module.key].fill_(float("nan"))
+
+
+class DropoutMasks(Callback):
+    """Writes which activations a dropout layer of probability 1/2 would drop at each step: `<out>/<rank>.json`."""
+
+    def __init__(self, out: str):
+        self.out = Path(out)
+        self.masks: list[list[float]] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        state = torch.random.get_rng_state()
+        self.masks.append(torch.nn.functional.dropout(torch.ones(64)).tolist())
+        torch.random.set_rng_state(state)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / f"{trainer.global_rank}.json").write_text(json.dumps(self.masks))
