@@ -1,0 +1,25 @@
+"""One thread a process (tests run side by side), no network, no cache or environment left behind."""
+
+import os
+import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("PENSTOCK_CACHE", os.path.join(tempfile.gettempdir(), "penstock-test-cache"))
+for name in ("RUN_DIR", "PL_GLOBAL_SEED", "PENSTOCK_CONF", "PENSTOCK_DATA"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Each test leaves the environment as it found it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
