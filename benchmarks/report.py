@@ -48,7 +48,7 @@ def write(name: str, values: dict[str, Any], rows: list[dict[str, Any]], *, titl
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of rows with the same keys."""
     head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_cell(row[key]) for key in head] for row in rows)]
+    lines = [[_cell(key) for key in head], ["---"] * len(head), *([_cell(row[key]) for key in head] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -62,4 +62,4 @@ def command() -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return (f"{value:.3g}" if isinstance(value, float) else str(value)).replace("|", "\\|")
