@@ -120,8 +120,10 @@ class RectifiedFlow(LightningModule):
         return {"loss": loss, "losses": losses.detach()}
 
     def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:
+        """Logs the mean over samples. Lightning averages the ranks' sizes as integers, which the factor keeps exact."""
         losses = self.losses(batch, Draws(0, 0, batch["index"]))
-        self.log(name, losses.mean(), batch_size=len(losses), on_epoch=True, sync_dist=True)
+        weight = len(losses) * self.trainer.world_size
+        self.log(name, losses.mean(), batch_size=weight, on_epoch=True, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate("val/loss", batch)
