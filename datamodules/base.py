@@ -127,12 +127,14 @@ class KindDataModule(LightningDataModule):
             below = self.batch_size // world * world
             near = " or ".join(str(n) for n in (below, below + world) if n)
             raise UserError(
-                f"data.batch_size: found {self.batch_size}, which {world} ranks cannot share evenly; nearest: {near}"
+                f"data.batch_size: found {self.batch_size}, which {world} ranks cannot share evenly; nearest: {near}",
+                everywhere=True,
             )
         if self.eval_batch_size < world:
             raise UserError(
                 f"data.eval_batch_size: found {self.eval_batch_size}, expected at least one sample for each of the "
-                f"{world} ranks"
+                f"{world} ranks",
+                everywhere=True,
             )
         if self.store is None:
             self.store, self.numbers = self.build()

@@ -5,10 +5,16 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Bad input: the message is one line naming the file or key, what was found, what was expected."""
+    """Bad input: the message is one line naming the file or key, what was found, what was expected.
 
-    def __init__(self, message: str):
+    Args:
+        message: The line.
+        everywhere: Every rank of a run raises the same: the command line prints it on the first only.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
         super().__init__(" ".join(message.split()))
+        self.everywhere = everywhere
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -97,7 +97,7 @@ class FiniteGuard(Callback):
                 check.event.synchronize()
             if check.host:
                 self._pending = []
-                self._failure = UserError(_message(trainer, check))
+                self._failure = UserError(_message(trainer, check), everywhere=True)
                 raise self._failure
 
 

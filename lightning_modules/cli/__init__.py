@@ -71,6 +71,12 @@ def _run(argv: Sequence[str]) -> int:
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 
+def _rank() -> int:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", None) or 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code (0 fine, 2 bad input, 130 interrupted)."""
     try:
@@ -78,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("PENSTOCK_TRACEBACK"):
             traceback.print_exc()
-        print(f"penstock: {error}", file=sys.stderr)
+        if not (error.everywhere and _rank()):
+            print(f"penstock: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("penstock: interrupted", file=sys.stderr)
