@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_wheel_names_its_command_and_lists_no_tests(wheel):
     (entry,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
     assert "penstock = penstock.lightning_modules.cli:main" in archive.read(entry).decode()
     assert not [n for n in archive.namelist() if "/tests/" in n or n.startswith(("tests/", "docs/"))]
+
+
+def test_source_distribution_holds_what_a_wheel_is_built_from(source, tmp_path):
+    call(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    (path,) = tmp_path.glob("penstock-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    rooms = {p.relative_to(source).as_posix() for room in ROOMS for p in (source / room).rglob("*") if p.is_file()}
+    assert names >= {"setup.py", "pyproject.toml", "README.md", "LICENSE", *rooms}
 
 
 def test_imports_come_from_the_wheel_and_decoys_stay_reachable(python, elsewhere):
