@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (error.everywhere and _rank()):
             print(f"penstock: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         print("penstock: interrupted", file=sys.stderr)
         return 130
