@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,13 @@ class DropoutMasks(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / f"{trainer.global_rank}.json").write_text(json.dumps(self.masks))
+
+
+class Slow(Callback):
+    """Sleeps after each batch, so that a signal finds the run at work."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(self.seconds)
