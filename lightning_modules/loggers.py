@@ -7,8 +7,10 @@ import os
 import time
 from argparse import Namespace
 from io import StringIO
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -126,10 +128,15 @@ class RunLogger(Logger):
 
 
 def logged_in_to_wandb() -> bool:
-    """True when W&B finds a key (environment, netrc or settings)."""
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    """True when there is a W&B key: `WANDB_API_KEY`, or the netrc entry that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return file.is_file() and netrc(file).authenticators(host) is not None
+    except NetrcParseError:
+        return False
 
 
 class WandB(WandbLogger):

@@ -18,8 +18,6 @@ TINY = ["experiment=rectified_flow_digits", "logger=csv", "model.net.width=8", "
 TINY += ["trainer.max_steps=2", "callbacks.metrics.n=20", "callbacks.metrics.steps=[1]"]
 TINY += ["callbacks.samples.rows=1", "callbacks.samples.steps=1"]
 
-SHADOWS = pytest.mark.xfail(strict=True, reason="python -m puts the working folder first on the import path")
-
 
 def call(*words, cwd, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PENSTOCK_", "PYTHON", "RUN_DIR", "PL_"))}
@@ -130,7 +128,7 @@ def test_list_and_fit_from_a_folder_with_the_same_names(python, elsewhere):
     assert list((config.parent / "samples").glob("*.png"))
 
 
-@pytest.mark.parametrize("how", ["penstock", pytest.param("module", marks=SHADOWS)])
+@pytest.mark.parametrize("how", ["penstock", "module"])
 def test_a_folder_called_penstock_is_not_mixed_in(how, python, tmp_path, source):
     program = [python.with_name("penstock")] if how == "penstock" else [python, "-m", "penstock.lightning_modules"]
     own = tmp_path / "penstock" / "conf" / "experiment"
@@ -142,7 +140,6 @@ def test_a_folder_called_penstock_is_not_mixed_in(how, python, tmp_path, source)
     assert "rectified_flow_digits" in call(*program, "list", "experiments", cwd=source.parent)
 
 
-@SHADOWS
 @pytest.mark.parametrize("module", ["penstock.lightning_modules", "lightning_modules"])
 def test_both_modules_are_the_program_in_a_checkout_and_shadow_nothing(module, python, source, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(

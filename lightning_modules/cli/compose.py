@@ -21,7 +21,16 @@ SUGAR = {"model.lr": "model.optimizer.lr"}
 
 def new_run_dir(name: str) -> str:
     """`runs/<name>/<time>`, or `RUN_DIR` where the environment has it (children of DDP, jobs of a sweep)."""
-    return os.environ.get("RUN_DIR") or str(Path("runs") / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
+    return os.environ.get("RUN_DIR") or str(Path("runs") / name / _run_name())
+
+
+def _run_name() -> str:
+    """The time; under torchrun or SLURM, where every rank works it out, something all ranks agree on."""
+    if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
+        return f"torchrun-{launch if launch != 'none' else os.getppid()}"
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and (job := os.environ.get("SLURM_JOB_ID")):
+        return f"slurm-{job}"
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def split_word(word: str) -> tuple[str, str, bool]:
@@ -63,6 +72,9 @@ def hydra_words(words: list[str]) -> list[str]:
         key, value, is_group = split_word(word)
         if is_group:
             check_choice(key, value)
+        if is_group and value == "null":
+            result.append(f"~{key}")
+            continue
         result.append(f"{key}={value if is_group else quoted(value)}")
     return result
 

@@ -7,14 +7,12 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 
 
 def conf_dirs() -> list[Path]:
-    """Folders searched for configuration, the project's first.
+    """Folders searched for configuration: the one beside the running code, then the user's.
 
     Raises:
         UserError: `PENSTOCK_CONF` names no folder.
     """
-    import penstock.conf
-
-    dirs = [Path(next(p for p in penstock.conf.__path__ if Path(p).is_dir()))]
+    dirs = [Path(__file__).resolve().parents[2] / "conf"]
     if own := os.environ.get("PENSTOCK_CONF"):
         if not Path(own).is_dir():
             raise UserError(f"PENSTOCK_CONF={own}: no such folder; expected one with subfolders such as experiment/")
@@ -29,8 +27,20 @@ def groups() -> list[str]:
 
 
 def options(group: str) -> dict[str, Path]:
-    """Choices of a group: name -> file."""
-    return {p.stem: p for d in conf_dirs() for p in sorted((d / group).glob("*.yaml"))}
+    """Choices of a group: name -> file.
+
+    Raises:
+        UserError: the user's folder holds a file of a name that the project has.
+    """
+    found: dict[str, Path] = {}
+    for folder in conf_dirs():
+        for path in sorted((folder / group).glob("*.yaml")):
+            if path.stem in found:
+                raise UserError(
+                    f"{path}: the name is taken by the project's {group}={path.stem}; expected another name"
+                )
+            found[path.stem] = path
+    return found
 
 
 def check_choice(group: str, value: str) -> None:
@@ -38,6 +48,6 @@ def check_choice(group: str, value: str) -> None:
     names = value.strip("[]").split(",") if value.startswith("[") else [value]
     for name in (n.strip() for n in names):
         known = options(group)
-        if name not in known and name not in ("null", ""):
+        if name not in known and name != "null":
             where = f"no conf/{group}/{name}.yaml"
             raise UserError(f"{group}={name}: {where}{did_you_mean(name, known)}; choices: {', '.join(known)}")

@@ -33,7 +33,10 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or trainer.fast_dev_run:
             return
-        self.text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        if "ckpt_path" in config:
+            config.ckpt_path = None
+        self.text = self.parser.dump(config, skip_none=False)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +98,13 @@ class Lab(LightningCLI):
             check_weights(self.model, load_checkpoint(path), f"ckpt_path={path}")
         kwargs["weights_only"] = True
         return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
 
     def after_fit(self) -> None:
         stopped = self.trainer.interrupted or self.trainer.fast_dev_run

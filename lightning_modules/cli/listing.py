@@ -21,7 +21,7 @@ def _entries(kind: str) -> dict[str, str]:
         import penstock.kernels
 
         files = sorted(Path(penstock.kernels.__file__).parent.glob("*.py"))
-        return {p.stem: _first_comment(p) for p in files if not p.stem.startswith("_")}
+        return {p.stem: _first_comment(p) for p in files if not p.stem.startswith("_") and p.stem != "dispatch"}
     if kind == "options":
         return {group: ", ".join(options(group)) for group in groups() if group not in KINDS.values()}
     return {name: _first_comment(path) for name, path in options(KINDS[kind]).items()}

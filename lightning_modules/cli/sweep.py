@@ -49,10 +49,11 @@ def run_sweep(verb: str, words: list[str]) -> int:
     quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null"]
     argv = [sys.argv[0], "-m", f"hydra.sweep.dir={folder}", *quiet, *hydra_own, *overrides]
     saved, sys.argv = sys.argv, argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=str(main), config_name="config", version_base="1.3")(job)()
     except HydraException as error:
-        raise UserError(f"sweep: {error}") from error
+        raise UserError(f"sweep: {(str(error).splitlines() or [repr(error)])[0]}") from error
     finally:
         sys.argv = saved
     print(f"sweep: {folder}; compare with: penstock compare {folder}/*")
@@ -78,7 +79,7 @@ def run_job(verb: str, words: list[str], run_dir: Path) -> int:
     """One single-run command in a process of its own; returns its exit code."""
     environment = {**os.environ, "RUN_DIR": str(run_dir)}
     return subprocess.run(
-        [sys.executable, "-m", "penstock.lightning_modules", verb, *words], env=environment, check=False
+        [sys.executable, "-P", "-m", "penstock.lightning_modules", verb, *words], env=environment, check=False
     ).returncode
 
 

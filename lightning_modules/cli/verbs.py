@@ -8,7 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from penstock.lightning_modules.cli.compose import SUGAR, compose, new_run_dir
+from penstock.lightning_modules.cli.conf import groups
 from penstock.lightning_modules.errors import UserError
+
+PARTS = ("model", "data", "trainer")
 
 
 def run_of_checkpoint(path: str) -> Path | None:
@@ -45,6 +48,11 @@ def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
             raise UserError(
                 f"ckpt_path={ckpt}: no config.yaml in the folder above checkpoints/; add experiment=... or --config=..."
             )
+        for word in words:
+            if (key := word.lstrip("+~").partition("=")[0].partition(".")[0]) in groups() and key not in PARTS:
+                raise UserError(
+                    f"word '{word}': a saved configuration has no group or named entries '{key}'; add experiment=NAME"
+                )
         run_dir = os.environ.get("RUN_DIR") or str(run if verb == "fit" else run / verb)
         return [verb, "--config", str(run / "config.yaml"), *_as_flags(words)], run_dir
     if dialect:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from penstock.lightning_modules.cli import main
-from penstock.lightning_modules.cli.compose import compose, nest_init_args, quoted
+from penstock.lightning_modules.cli.compose import compose, nest_init_args, new_run_dir, quoted
 from penstock.lightning_modules.cli.conf import groups, options
 from penstock.lightning_modules.errors import UserError
 
@@ -146,3 +146,32 @@ def test_list_answers_each_kind(capsys):
     assert "philox" in out
     assert main(["list", "methodz"]) == 2
     assert "did you mean 'methods'?" in capsys.readouterr().err
+
+
+def test_a_group_can_be_switched_off():
+    tree, _ = compose(["logger=null"])
+    assert tree["trainer"]["logger"] == []
+
+
+def test_ranks_of_one_launch_agree_on_the_folder(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    assert new_run_dir("x") == new_run_dir("x") == "runs/x/torchrun-abc"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert new_run_dir("x") == "runs/x/slurm-12"
+
+
+def test_own_file_must_not_take_a_name_of_the_project(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits.yaml").write_text("batch_size: 3\n")
+    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path))
+    assert main(["fit", "data=digits"]) == 2
+    assert "the name is taken" in capsys.readouterr().err
+
+
+def test_missing_hydra_plugin_is_one_line(capsys):
+    assert main(["fit", "-m", "seed_everything=1,2", "hydra/launcher=nothing"]) == 2
+    err = capsys.readouterr().err
+    assert "nothing" in err
+    assert "Traceback" not in err
