@@ -87,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (error.everywhere and _rank()):
             print(f"penstock: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
         print("penstock: interrupted", file=sys.stderr)
         return 130
