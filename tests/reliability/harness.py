@@ -96,7 +96,7 @@ def state(run: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
     callbacks = {k: v for k, v in checkpoint["callbacks"].items() if k.startswith("EMA")}
     assert callbacks, "the run kept no average"
-    kept = ("epoch", "global_step", "state_dict", "current_model_state", "optimizer_states", "lr_schedulers")
+    kept = ("global_step", "state_dict", "current_model_state", "optimizer_states", "lr_schedulers")
     return dict(_flat({"callbacks": callbacks} | {key: checkpoint[key] for key in kept}, ""))
 
 

@@ -60,10 +60,12 @@ def test_ctrl_c_saves_and_the_run_goes_on(sent, whole, tmp_path):
     time.sleep(0.7)
     assert not (run / "checkpoints" / "last.ckpt").exists()
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-3000:]
     assert "Traceback" not in err
-    assert err.strip().splitlines()[-1] == "penstock: interrupted"
+    go_on = out.strip().splitlines()[-1]
+    assert go_on.startswith("interrupted; go on with: penstock fit ckpt_path=")
+    assert go_on.endswith(f"{run.name}/checkpoints/last.ckpt")
     step = harness.state(run)["/global_step"]
     assert 0 < step < harness.state(whole(method))["/global_step"]
     assert list(harness.metrics(run)) == list(range(step))

@@ -1,0 +1,76 @@
+"""Every experiment composes, and runs two steps of training, a validation and a test with a tiny network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import numpy as np
+import pytest
+from PIL import Image
+
+from penstock.lightning_modules.cli.compose import compose
+from penstock.lightning_modules.cli.conf import options
+
+EXPERIMENTS = list(options("experiment"))
+CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
+SHORT = ["trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+SHORT += ["logger=csv", "callbacks.metrics=null", "trainer.accelerator=cpu", "trainer.enable_model_summary=false"]
+TINY_UNET = ["net=unet", "model.net.width=4", "model.net.mult=[1,1]"]
+TINY_GRID = ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.samples.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Sixteen pictures of 256 px."""
+    folder, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for n in range(16):
+        pixels = draws.integers(256, size=(256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    return folder
+
+
+def small(name, images):
+    """Words that make the experiment `name` small; its data come from a folder where they are not embedded."""
+    data = compose([f"experiment={name}"])[0]["data"]
+    kind = data["class_path"].rpartition(".")[2]
+    sides = [part.get("class_path", "") for part in data.get("init_args", {}).values() if isinstance(part, dict)]
+    if kind == "Images" and "cifar10" in data["init_args"]["name"]:
+        if not CIFAR10.is_dir():
+            pytest.skip(f"no CIFAR-10 at {CIFAR10}")
+        return [*TINY_UNET, *TINY_GRID, f"data.data_dir={CIFAR10}", "data.batch_size=4", "data.memory_gb=0"]
+    if kind == "Images":
+        folder = [f"data.data_dir={images}", "data.batch_size=2", "data.num_workers=0", "data.val_fraction=0.2"]
+        return [*TINY_UNET, *TINY_GRID, *folder, "data.image_size=16", "shape=[3,16,16]"]
+    if kind == "Pair" and sides[0].endswith("Images"):
+        folders = [f"data.{side}.data_dir={images}" for side in ("source", "target")]
+        return [*TINY_UNET, *folders, "data.target.batch_size=2", "image_size=16"]
+    if kind == "Digits":
+        return ["model.net.width=8", *TINY_GRID]
+    return TINY_GRID
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_two_steps(name, images, tmp_path):
+    done = harness.penstock("fit", f"experiment={name}", *SHORT, *small(name, images), run=tmp_path)
+    assert done.code == 0, done.err[-2000:]
+    values = json.loads((tmp_path / "metrics.json").read_text())
+    assert np.isfinite(values["test/loss"])
+    assert harness.state(tmp_path)["/global_step"] == 2
+    assert list((tmp_path / "samples").glob("*.png")) or "callbacks.samples" not in " ".join(small(name, images))
+
+
+def test_all_compose_without_torch():
+    code = "import sys\nfrom penstock.lightning_modules.cli.compose import compose\n"
+    code += f"for name in {EXPERIMENTS}:\n    tree, called = compose([f'experiment={{name}}'])\n"
+    code += "    assert called == name and tree['model']['class_path'] and tree['data']['class_path'], name\n"
+    code += "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_file_opens_with_its_command(name):
+    first = next(line for line in options("experiment")[name].read_text().splitlines() if "@package" not in line)
+    assert first.startswith(f"# penstock fit experiment={name}")
