@@ -45,7 +45,8 @@ def whole_run(words: list[str], steps: int, threads: int | None) -> tuple[dict[s
     with fitted([*words, *own], threads) as run:
         metrics = json.loads((run / "metrics.json").read_text())
         files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-    return {"metrics": metrics, "files": files}, [{"metric": k, "value": v} for k, v in sorted(metrics.items())]
+    rows = [{"what": name, "value": value} for name, value in sorted(metrics.items())]
+    return {"metrics": metrics, "files": files}, [*rows, {"what": "files of the run", "value": ", ".join(files)}]
 
 
 def speed(

@@ -34,7 +34,7 @@ class _Field(nn.Module):
         return self.net(x, t.expand(len(x)), self.label)
 
 
-def samplers(module: RectifiedFlow, n: int, steps: int) -> dict[str, Callable[[], None]]:
+def samplers(module: RectifiedFlow, n: int, steps: int) -> dict[str, Callable[[], Tensor]]:
     """Each draws `n` class-balanced samples with `steps` Euler steps."""
     from torchdiffeq import odeint
     from torchdyn.core import NeuralODE
@@ -46,18 +46,12 @@ def samplers(module: RectifiedFlow, n: int, steps: int) -> dict[str, Callable[[]
     def noise() -> Tensor:
         return torch.randn(n, *module.net.shape, device=module.device)
 
-    def wrapped(draw: Callable[[], object]) -> Callable[[], None]:
-        def work() -> None:
-            with torch.no_grad():
-                draw()
-
-        return work
-
-    return {
-        "penstock": wrapped(lambda: module.sample(n, steps=steps, cond=label)),
-        "torchcfm (torchdyn NeuralODE, euler)": wrapped(lambda: node.trajectory(noise(), t_span=grid)[-1]),
-        "torchcfm (torchdiffeq odeint, euler)": wrapped(lambda: odeint(field, noise(), grid, method="euler")[-1]),
+    draws = {
+        "penstock": lambda: module.sample(n, steps=steps, cond=label),
+        "torchcfm (torchdyn NeuralODE, euler)": lambda: node.trajectory(noise(), t_span=grid)[-1],
+        "torchcfm (torchdiffeq odeint, euler)": lambda: odeint(field, noise(), grid, method="euler")[-1],
     }
+    return {name: torch.no_grad()(draw) for name, draw in draws.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

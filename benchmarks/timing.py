@@ -7,7 +7,7 @@ from statistics import median
 import torch
 
 
-def seconds(work: Callable[[], None], device: torch.device) -> float:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall time of `work`, all its device work included."""
     wait(device)
     start = time.perf_counter()
@@ -34,7 +34,7 @@ def wait(device: torch.device) -> None:
 
 
 def alternate(
-    rivals: dict[str, Callable[[], None]], rounds: int, device: torch.device, warmup: int = 1
+    rivals: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Runs all rivals once a round, in an order that turns round by round; seconds of each, without `warmup` rounds."""
     taken: dict[str, list[float]] = {name: [] for name in rivals}
