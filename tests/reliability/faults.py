@@ -1,7 +1,9 @@
 """Callbacks and networks that the tests name by class path: they copy a run's disk, or go wrong on purpose."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,14 @@ class Slow(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         time.sleep(self.seconds)
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the first batch after `step - 1` steps, unless the run is a resumed one."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step - 1 and not trainer.ckpt_path:
+            os.kill(os.getpid(), signal.SIGINT)

@@ -72,6 +72,21 @@ def test_ctrl_c_saves_and_the_run_goes_on(sent, whole, tmp_path):
     assert_resumed_as(whole(method), run)
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_ctrl_c_before_a_validation_waits_for_it(step, whole, tmp_path):
+    """Step 4 ends an epoch: its validation comes before the run stops, for a resumed run would not make it."""
+    run, method = tmp_path / "run", "rectified_flow_points"
+    fault = f"+callbacks.fault={{class_path: faults.Interrupt, step: {step}}}"
+    process = start(run, *words(method), "trainer.max_epochs=2", fault)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err[-3000:]
+    assert harness.state(run)["/global_step"] == step
+    assert ("val/loss" in harness.metrics(run)[step - 1]) == (step == 4)
+    undisturbed = tmp_path / "undisturbed"
+    assert harness.penstock("fit", *words(method), "trainer.max_epochs=2", run=undisturbed).code == 0
+    assert_resumed_as(undisturbed, run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_at_random_moments(method, whole, tmp_path):
