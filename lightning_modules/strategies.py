@@ -26,8 +26,8 @@ class FullyShard(ModelParallelStrategy):
     """FSDP2 for any module, by name: weights, gradients and optimiser states are sharded over all ranks.
 
     Every network that the module holds is sharded as a whole, and in it each block of the classes that it names in
-    `checkpoint_blocks`, so that the weights of one block at a time are gathered (arXiv 2304.11277 section 4;
-    per-parameter shards as in arXiv 2410.06511 section 2). Networks without weights to train stay whole on each rank.
+    `checkpoint_blocks`, so that the weights of one block at a time are gathered (arXiv 2304.11277;
+    per-parameter shards as in arXiv 2410.06511). Networks without weights to train stay whole on each rank.
     A module with a `configure_model` of its own shards itself. A checkpoint is one complete file, the same as without
     sharding: it resumes on any number of ranks, and a file cut short is replaced by the one before it.
 
