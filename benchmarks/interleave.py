@@ -76,15 +76,17 @@ def plain(rival: Rival) -> Step:
 
 
 def torchcfm(rival: Rival, exact_ot: bool) -> Step:
-    """A step in the manner of torchcfm's image examples around the same net: its matcher, an EMA key by key."""
+    """A step in the manner of torchcfm's image examples around the same net: its matcher, default Adam, EMA key by key."""
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 
     matcher = ExactOptimalTransportConditionalFlowMatcher(0.0) if exact_ot else ConditionalFlowMatcher(0.0)
+    optimizer = torch.optim.Adam(rival.net.parameters(), lr=rival.optimizer.defaults["lr"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 5000) / 5000)
     average = deepcopy(rival.net).state_dict()
     batches = rival.batches()
 
     def step() -> Tensor:
-        rival.optimizer.zero_grad()
+        optimizer.zero_grad()
         x1, label = next(batches)
         x0 = torch.randn_like(x1)
         if exact_ot:
@@ -94,8 +96,8 @@ def torchcfm(rival: Rival, exact_ot: bool) -> Step:
         loss = torch.mean((rival.net(x_t, t, label) - u_t) ** 2)
         loss.backward()
         nn.utils.clip_grad_norm_(rival.net.parameters(), rival.clip)
-        rival.optimizer.step()
-        rival.scheduler.step()
+        optimizer.step()
+        scheduler.step()
         for key, value in rival.net.state_dict().items():
             average[key].copy_(average[key] * rival.decay + value * (1 - rival.decay))
         return loss.detach()
