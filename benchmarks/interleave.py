@@ -76,7 +76,7 @@ def plain(rival: Rival) -> Step:
 
 
 def torchcfm(rival: Rival, exact_ot: bool) -> Step:
-    """A step in the manner of torchcfm's image examples around the same net: its matcher, default Adam, EMA key by key."""
+    """A step as torchcfm's image examples make it, with the same net: its matcher, plain Adam, EMA key by key."""
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 
     matcher = ExactOptimalTransportConditionalFlowMatcher(0.0) if exact_ot else ConditionalFlowMatcher(0.0)
