@@ -10,8 +10,10 @@ ROOMS = ("lightning_modules", "datamodules", "kernels", "conf", "benchmarks")
 
 setup(
     packages=[
-        f"penstock.{p}" for room in ROOMS for p in (room, *(f"{room}.{s}" for s in find_namespace_packages(room)))
+        f"penstock.{p}"
+        for room in ROOMS
+        for p in (room, *(f"{room}.{s}" for s in find_namespace_packages(room, exclude=["results"])))
     ],
     package_dir={f"penstock.{room}": room for room in ROOMS},
-    package_data={"": ["*.yaml", "*.json"]},
+    package_data={"": ["*.yaml"]},
 )

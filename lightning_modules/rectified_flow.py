@@ -116,7 +116,8 @@ class RectifiedFlow(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         losses = self.losses(batch, Draws(run_seed(), self.current_epoch, batch["index"]))
         loss = losses.mean()
-        self.log("train/loss", loss.detach(), batch_size=len(losses))
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/loss", loss.detach(), batch_size=len(losses))
         return {"loss": loss, "losses": losses.detach()}
 
     def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ def test_wheel_holds_one_name_and_every_file(wheel):
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in files} == {"penstock"}
     assert {name.split("/")[0] for name in files if "/" not in name} == set()
-    suffixes = {".py", ".yaml", ".json"}
+    suffixes = {".py", ".yaml"}
     here = {p for room in ROOMS for p in (ROOT / room).rglob("*") if p.suffix in suffixes}
     assert {f"penstock/{p.relative_to(ROOT).as_posix()}" for p in here} <= files
 
@@ -101,7 +101,12 @@ def test_source_distribution_holds_what_a_wheel_is_built_from(source, tmp_path):
     (path,) = tmp_path.glob("penstock-*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    rooms = {p.relative_to(source).as_posix() for room in ROOMS for p in (source / room).rglob("*") if p.is_file()}
+    rooms = {
+        p.relative_to(source).as_posix()
+        for room in ROOMS
+        for p in (source / room).rglob("*")
+        if p.suffix in (".py", ".yaml")
+    }
     assert names >= {"setup.py", "pyproject.toml", "README.md", "LICENSE", *rooms}
 
 

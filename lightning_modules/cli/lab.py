@@ -4,12 +4,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -88,9 +90,11 @@ class Lab(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=os.environ["RUN_DIR"], plugins=[*plugins, AtomicCheckpointIO()], **kwargs
         )
+        _clip_fused(trainer.precision_plugin)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -110,6 +114,15 @@ class Lab(LightningCLI):
         stopped = self.trainer.interrupted or self.trainer.fast_dev_run
         if not stopped and is_overridden("test_step", self.model) and self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _clip_fused(precision: Precision) -> None:
+    """Lets fused optimisers have their gradients clipped under bf16.
+
+    Lightning refuses it for every mixed precision, though only a scaler of float16 leaves gradients to be unscaled.
+    """
+    if isinstance(precision, MixedPrecision) and precision.scaler is None:
+        precision.clip_gradients = partial(Precision.clip_gradients, precision)
 
 
 def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:

@@ -98,6 +98,11 @@ def test_predict_and_validate(first, tmp_path):
     assert list((tmp_path / "predict" / "predictions").glob("*.png"))
 
 
+def test_fused_optimiser_is_clipped_under_bf16(tmp_path):
+    words = ["perf=bf16", "callbacks.metrics=null", "model.optimizer.fused=true", "trainer.gradient_clip_val=1.0"]
+    penstock("fit", *CSV, *words, cwd=tmp_path)
+
+
 @pytest.mark.slow
 def test_sweep_of_two_jobs(tmp_path):
     done = penstock("fit", "-m", *CSV, "seed_everything=1,2", "objective=fd_pixels/2", cwd=tmp_path)
