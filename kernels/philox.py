@@ -122,7 +122,7 @@ def _(index, seed, epoch, stream, n, normal, dtype):
 
 
 def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:
-    """The definition of `philox` in PyTorch; on the CPU its integer rounds run in NumPy, faster than in ATen."""
+    """The definition of `philox` in PyTorch; on the CPU it runs in NumPy, whose calls cost less and wake no threads."""
     block = torch.arange(-(-n // 4), device=index.device)
     rows = max(1, CACHED // max(1, len(block)))
     if index.device.type == "cpu" and len(index) > rows:
@@ -134,6 +134,9 @@ def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal:
         lanes = philox4x32(block, i & MASK, epoch ^ (i >> 32 << 16) & MASK, constant, seed & MASK, seed >> 32 & MASK)
         for lane, word in enumerate(lanes):
             words[..., lane] = word
+        words = words.reshape(len(index), 4 * block.shape[1])
+        if normal:
+            return torch.from_numpy(_box_muller_host(words, np.dtype(str(dtype)[6:])))[:, :n].contiguous()
         words = torch.from_numpy(words)
     else:
         i, block = index[:, None], block[None]
@@ -176,6 +179,21 @@ def _box_muller(words: Tensor, dtype: torch.dtype) -> Tensor:
     radius = words[:, 0::2].to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = _open_unit(words[:, 1::2], dtype).mul_(2 * math.pi)
     return torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), -1).flatten(1)
+
+
+def _box_muller_host(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    radius = words[:, 0::2].astype(dtype)
+    radius += 0.5
+    radius *= 2.0**-32
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle = _open_unit(torch.from_numpy(words[:, 1::2]), torch.from_numpy(radius).dtype).numpy()
+    angle *= 2 * math.pi
+    out = np.empty((*radius.shape, 2), dtype=dtype)
+    np.multiply(np.cos(angle), radius, out=out[..., 0])
+    np.multiply(np.sin(angle), radius, out=out[..., 1])
+    return out.reshape(words.shape)
 
 
 def _triton(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:

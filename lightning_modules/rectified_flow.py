@@ -113,12 +113,12 @@ class RectifiedFlow(LightningModule):
             return feature_matching_loss(velocity, self.feature_net, x0, x1, t, path=self.path)
         return flow_matching_loss(velocity, x0, x1, t, path=self.path, reduction=self.reduction)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         losses = self.losses(batch, Draws(run_seed(), self.current_epoch, batch["index"]))
         loss = losses.mean()
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("train/loss", loss.detach(), batch_size=len(losses))
-        return {"loss": loss, "losses": losses.detach()}
+        return loss
 
     def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:
         """Logs the mean over samples. Lightning averages the ranks' sizes as integers, which the factor keeps exact."""

@@ -58,6 +58,12 @@ class Checkpoint(ModelCheckpoint):
         self._handlers: dict[int, Any] = {}
         self._stop = False
         self._waits = False
+        self._key = super().state_key
+
+    @property
+    def state_key(self) -> str:
+        """Worked out once: the trainer asks for it at every hook of every step."""
+        return self._key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = f"{trainer.default_root_dir}/checkpoints"

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -225,7 +226,7 @@ class GenerationMetrics(EvaluationCallback):
             raise UserError(f"steps: {steps} given, expected a list of numbers of at least 1")
         self.metrics, self.steps, self.n, self.seed = metrics, steps, n, seed
 
-    @property
+    @cached_property
     def state_key(self) -> str:
         """Differs between two of these in one run."""
         return self._generate_state_key(steps=self.steps, n=self.n, seed=self.seed)

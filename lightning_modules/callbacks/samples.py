@@ -1,5 +1,6 @@
 """Pictures of samples, drawn from the same noise every time."""
 
+from functools import cached_property
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -46,7 +47,7 @@ class SampleGrid(EvaluationCallback):
                 raise UserError(f"{name}: {value} given, expected at least 1")
         self.rows, self.cols, self.steps, self.seed = rows, cols, steps, seed
 
-    @property
+    @cached_property
     def state_key(self) -> str:
         """Differs between two of these in one run."""
         return self._generate_state_key(rows=self.rows, cols=self.cols, steps=self.steps, seed=self.seed)
