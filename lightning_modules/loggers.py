@@ -164,8 +164,10 @@ class WandB(WandbLogger):
     ):
         folder = run_dir().resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in_to_wandb() else "offline")
+        if named := os.environ.get("WANDB_MODE"):
+            mode = named
+        elif mode == "auto":
+            mode = "online" if logged_in_to_wandb() else "offline"
         name = f"{folder.parent.name}-{folder.name}"
         super().__init__(
             name=name,

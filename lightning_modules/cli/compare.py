@@ -19,8 +19,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [])
         raise UserError(f"compare {folder}: no such folder{near}")
-    if not (folder / "metrics.json").is_file():
-        raise UserError(f"compare {folder}: no metrics.json in it; expected a run folder: runs/<experiment>/<time>")
+    for name in ("metrics.json", "metrics.csv"):
+        if not (folder / name).is_file():
+            raise UserError(f"compare {folder}: no {name} in it; expected a run folder: runs/<experiment>/<time>")
     config = folder / "config.yaml"
     curves: dict[str, list[tuple[int, float]]] = {}
     with (folder / "metrics.csv").open(newline="") as file:

@@ -104,7 +104,7 @@ def compose(words: list[str]) -> tuple[dict[str, Any], str]:
     """Composes the words into LightningCLI's tree.
 
     Returns:
-        The tree (keys `model`, `data`, `trainer`, ...) and the run's name (experiment, else `<model>_<data>`).
+        The tree (keys `model`, `data`, `trainer`, ...) and the run's name (experiment, else `<model>-<data>`).
 
     Raises:
         UserError: an unknown group choice or key, or a value that can't be read.
@@ -128,7 +128,7 @@ def compose(words: list[str]) -> tuple[dict[str, Any], str]:
     except (HydraException, OmegaConfBaseException) as error:
         lines = str(error.__cause__ or error).strip().splitlines()
         raise UserError(f"configuration: {lines[0] if lines else error!r}") from error
-    return _finish(tree), choices.get("experiment") or f"{choices['model']}_{choices['data']}"
+    return _finish(tree), choices.get("experiment") or f"{choices['model']}-{choices['data']}"
 
 
 def _finish(tree: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,13 @@ def explain(error: BaseException) -> str:
     return f"config error: {text[:400]}"
 
 
+def first_complaint(error: BaseException) -> str:
+    """What a class said when it refused to be built, out of what jsonargparse wraps around it."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Errors: - (.+?)(?= - (?:Not a valid|Expected|Does not|Problem with)| Given value|$)", text)
+    return found.group(1) if found else text
+
+
 def _parameters(class_path: str) -> list[str]:
     target = _lookup(class_path)
     names: list[str] = []

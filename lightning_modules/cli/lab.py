@@ -2,9 +2,13 @@
 
 import logging
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
-from penstock.lightning_modules.cli.explain import explain
+from penstock.lightning_modules.cli.explain import explain, first_complaint
 from penstock.lightning_modules.errors import UserError
 
 NOISE = (
@@ -85,7 +89,7 @@ class Lab(LightningCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise UserError(f"configuration: {error}") from error
+            raise UserError(f"configuration: {first_complaint(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
@@ -134,8 +138,14 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
+    folder = Path(os.environ["RUN_DIR"])
+    new = not folder.exists() and "LOCAL_RANK" not in os.environ
     try:
         lab = Lab(args, restore_argv)
+    except UserError:
+        if new and not any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):
+            _forget(folder)
+        raise
     except jsonargparse.ArgumentError as error:
         raise UserError(explain(error)) from error
     except MisconfigurationException as error:
@@ -152,5 +162,15 @@ def _summary(trainer: Trainer) -> str:
     values = {k: v for k, v in sorted(trainer.callback_metrics.items()) if not k.startswith(("throughput", "lr-"))}
     width = max(map(len, values), default=0)
     lines = [f"{name:<{width}}  {float(value):.5g}" for name, value in values.items()]
-    state = "interrupted; go on with: penstock fit ckpt_path=" if trainer.interrupted else "run folder: "
-    return "\n".join([*lines, f"{state}{shown}{'/checkpoints/last.ckpt' * trainer.interrupted}"])
+    last = "checkpoints/last.ckpt"
+    if trainer.interrupted and (folder / last).is_file():
+        return "\n".join([*lines, f"interrupted; go on with: penstock fit ckpt_path={shown}/{last}"])
+    return "\n".join([*lines, f"run folder: {shown}"])
+
+
+def _forget(folder: Path) -> None:
+    """Removes the folder of a run refused before it trained: config.yaml and W&B start before the data loads."""
+    if "wandb" in sys.modules:
+        with redirect_stderr(StringIO()):
+            sys.modules["wandb"].finish(exit_code=2)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import yaml
 
 from penstock.lightning_modules.cli.compose import nest_init_args
-from penstock.lightning_modules.cli.conf import check_choice
 from penstock.lightning_modules.cli.conf import options as conf_options
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError, did_you_mean
@@ -29,7 +28,9 @@ def _solver(name: str | None) -> dict[str, Any]:
     """The model's `solver` as `conf/solver/<name>.yaml` has it, or nothing to change."""
     if name is None:
         return {}
-    check_choice("solver", name)
+    if name not in conf_options("solver"):
+        near = did_you_mean(name, conf_options("solver"))
+        raise UserError(f"solver={name}: no such choice{near}; choices: {', '.join(conf_options('solver'))}")
     return {"solver": nest_init_args(yaml.safe_load(conf_options("solver")[name].read_text()))}
 
 
@@ -62,6 +63,8 @@ def run_sample(words: list[str]) -> int:
     if not path.is_file():
         raise UserError(f"ckpt_path={path}: no such file")
     options = {key: _typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
+    if "out" in options and Path(options["out"]).is_file():
+        raise UserError(f"out={options['out']}: a file; expected a folder, new or old")
     for key, default in (("n", 64), ("steps", 20), ("batch", 256)):
         if options.setdefault(key, default) < 1:
             raise UserError(f"{key}={options[key]}: expected a whole number of 1 or more")
@@ -79,8 +82,12 @@ def run_sample(words: list[str]) -> int:
             names = [*OWN, *extra_kinds]
             raise UserError(f"sample {key}: unknown{did_you_mean(key, names)}; expected one of {', '.join(names)}")
     extra = {key: _typed(key, given[key], kind) for key, kind in extra_kinds.items() if key in given}
-    device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(device).eval()
+    name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        model = model.to(device).eval()
+    except RuntimeError as error:
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}; expected cpu or an available cuda") from error
     cond = _labels(options.get("labels"), options["n"], model, device)
     generator = torch.Generator(device).manual_seed(options.get("seed", 0))
 

@@ -59,6 +59,8 @@ def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
         config = _value(words, "config") or next((b for a, b in pairwise(words) if a == "--config"), None)
         name = Path(config).resolve().parent.parent.name if config else verb
         return [verb, *_as_flags(words)], new_run_dir(name)
+    if not words:
+        raise UserError(f"{verb}: nothing to run; expected experiment=NAME (penstock list experiments)")
     tree, name = compose(words)
     return {"subcommand": verb, verb: tree}, new_run_dir(name)
 

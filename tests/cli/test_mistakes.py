@@ -1,5 +1,8 @@
 """What the user sees on a mistake: one line, the place, the nearest valid choice, exit code 2, nothing left behind."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -28,8 +31,8 @@ MISTAKES = {
     "unknown strategy": (["trainer.strategy=dpp"], ["strategy", "dpp"]),
     "value refused by the class": (["model.net.width=3"], ["width must be a positive multiple of 4, got 3"]),
     "eps out of range": (["model.eps=2"], ["eps=2", "(0, 1)"]),
-    "no samples": (["callbacks.metrics.n=0"], ["n: 0", "at least 2"]),
-    "no steps": (["callbacks.metrics.steps=[0]"], ["steps", "at least 1"]),
+    "no samples": (["callbacks.metrics.n=0"], ["configuration: n: 0 samples given, expected at least 2"]),
+    "no steps": (["callbacks.metrics.steps=[0]"], ["configuration: steps: [0] given"]),
     "another shape": (["shape=[1,16,16]"], ["model.net.shape", "(1, 16, 16)", "(1, 8, 8)"]),
     "other classes": (["num_classes=7", "callbacks.metrics=null"], ["model.net.num_classes", "found 7", "10"]),
     "half a callback": (["callbacks=base"], ["callbacks.metrics: no class_path", "callbacks.metrics=null"]),
@@ -49,7 +52,15 @@ def test_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypatch):
     assert len(err) == 1
     for part in parts:
         assert part in err[0]
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_bad_data_leaves_no_folder_behind_with_wandb(tmp_path):
+    words = ["experiment=rectified_flow_digits", "data=cifar10", "data.data_dir=/nowhere"]
+    command = [sys.executable, "-m", "penstock.lightning_modules", "fit", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("flag", ["--model.lrr=1", "--trainer.max_epoch=1"])
@@ -166,6 +177,8 @@ def test_hostile_checkpoint_runs_nothing(capsys, tmp_path, monkeypatch):
         (["steps=0"], ["steps=0", "1 or more"]),
         (["steps=x"], ["steps=x", "expected int"]),
         (["step=4"], ["step", "did you mean 'steps'?"]),
+        (["solver=null"], ["solver=null", "choices: ddim"]),
+        (["device=foo"], ["device=foo", "expected cpu"]),
         (["solver=huen"], ["solver=huen", "did you mean 'heun'?"]),
         (["labels=12"], ["labels=12", "0 to 9"]),
         (["guidance=x"], ["guidance=x", "expected float"]),

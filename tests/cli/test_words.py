@@ -95,6 +95,11 @@ def test_mistakes_name_the_place_and_the_nearest_choice(word, parts, capsys):
         assert part in err
 
 
+def test_nothing_to_run(capsys):
+    assert main(["fit"]) == 2
+    assert "expected experiment=NAME" in capsys.readouterr().err
+
+
 def test_unknown_verb(capsys):
     assert main(["fitt"]) == 2
     assert "verb 'fitt': expected one of fit," in capsys.readouterr().err
