@@ -10,12 +10,13 @@ import hashlib
 import math
 import struct
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
+from torch.compiler import is_compiling
 
 from penstock.kernels.dispatch import jit, use_triton
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+_M0, _M1, _MASK, _HALF, _QUARTER = map(np.uint64, (*MULTIPLIERS, MASK, 32, 16))
 CACHED = 16384  # blocks of four words whose temporaries stay in a CPU core's cache: twice as fast
 
 
@@ -94,8 +96,14 @@ class Draws:
             raise ValueError(f"Draws: dtype {dtype}, expected torch.float32 or torch.float64")
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
         n = math.prod(shape)
-        flat = philox(self.index, seed, self.epoch, stream(name), n, normal, dtype)
+        draw = reference if _eager_on_host(self.index) else philox
+        flat = draw(self.index, seed, self.epoch, stream(name), n, normal, dtype)
         return flat.view(self.index.shape[0], *shape)
+
+
+def _eager_on_host(index: Tensor) -> bool:
+    """Whether the operator, whose dispatch costs as much as a small draw, would do nothing but call `reference`."""
+    return type(index) is Tensor and index.device.type == "cpu" and not (is_compiling() or use_triton(index))
 
 
 @torch.compiler.assume_constant_result
@@ -123,30 +131,46 @@ def _(index, seed, epoch, stream, n, normal, dtype):
 
 def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:
     """The definition of `philox` in PyTorch; on the CPU it runs in NumPy, whose calls cost less and wake no threads."""
-    block = torch.arange(-(-n // 4), device=index.device)
-    rows = max(1, CACHED // max(1, len(block)))
-    if index.device.type == "cpu" and len(index) > rows:
-        return torch.cat([reference(part, seed, epoch, stream, n, normal, dtype) for part in index.split(rows)])
+    blocks = -(-n // 4)
     if index.device.type == "cpu":
-        i, block = index.numpy().view(np.uint64)[:, None], block.numpy().view(np.uint64)[None]
-        words = np.empty((i.shape[0], block.shape[1], 4), dtype=np.int64)
-        constant = np.full((1, 1), stream, dtype=np.uint64)
-        lanes = philox4x32(block, i & MASK, epoch ^ (i >> 32 << 16) & MASK, constant, seed & MASK, seed >> 32 & MASK)
-        for lane, word in enumerate(lanes):
-            words[..., lane] = word
-        words = words.reshape(len(index), 4 * block.shape[1])
+        rows = max(1, CACHED // max(1, blocks))
+        if len(index) > rows:
+            return torch.cat([reference(part, seed, epoch, stream, n, normal, dtype) for part in index.split(rows)])
+        words = _words_on_host(index.numpy().view(np.uint64), seed, epoch, stream, blocks)
         if normal:
             return torch.from_numpy(_box_muller_host(words, np.dtype(str(dtype)[6:])))[:, :n].contiguous()
-        words = torch.from_numpy(words)
-    else:
-        i, block = index[:, None], block[None]
-        constant = torch.full((1, 1), stream, device=index.device)
-        counter = block, i & MASK, epoch ^ (i >> 32 << 16) & MASK, constant
-        words = torch.stack(torch.broadcast_tensors(*philox4x32(*counter, seed & MASK, seed >> 32 & MASK)), -1)
-    words = words.flatten(1)
-    if not normal:
-        return _open_unit(words[:, :n], dtype)
-    return _box_muller(words, dtype)[:, :n].contiguous()
+        return _open_unit(torch.from_numpy(words)[:, :n], dtype)
+    i, block = index[:, None], torch.arange(blocks, device=index.device)[None]
+    counter = block, i & MASK, epoch ^ (i >> 32 << 16) & MASK, torch.full((1, 1), stream, device=index.device)
+    words = torch.stack(torch.broadcast_tensors(*philox4x32(*counter, seed & MASK, seed >> 32 & MASK)), -1).flatten(1)
+    if normal:
+        return _box_muller(words, dtype)[:, :n].contiguous()
+    return _open_unit(words[:, :n], dtype)
+
+
+def _words_on_host(index: np.ndarray, seed: int, epoch: int, stream: int, blocks: int) -> np.ndarray:
+    """The words `(B, 4 blocks)` as int64: the rounds of `philox4x32` in place, on flat arrays."""
+    i = np.repeat(index, blocks)
+    c0, c1 = np.tile(np.arange(blocks, dtype=np.uint64), len(index)), i & _MASK
+    c2, c3 = epoch ^ (i >> _HALF << _QUARTER) & _MASK, np.full_like(i, stream)
+    p0, p1 = np.empty_like(i), np.empty_like(i)
+    for k0, k1 in _round_keys(seed & MASK, seed >> 32 & MASK):
+        np.multiply(c0, _M0, p0)
+        np.multiply(c2, _M1, p1)
+        np.right_shift(p1, _HALF, c0)
+        np.bitwise_xor(c0, c1, c0)
+        np.bitwise_xor(c0, k0, c0)
+        np.right_shift(p0, _HALF, c2)
+        np.bitwise_xor(c2, c3, c2)
+        np.bitwise_xor(c2, k1, c2)
+        np.bitwise_and(p1, _MASK, c1)
+        np.bitwise_and(p0, _MASK, c3)
+    return np.stack((c0, c1, c2, c3), 1).view(np.int64).reshape(len(index), 4 * blocks)
+
+
+@lru_cache(maxsize=8)
+def _round_keys(k0: int, k1: int) -> list[tuple[np.uint64, np.uint64]]:
+    return [(np.uint64(k0 + n * WEYL[0] & MASK), np.uint64(k1 + n * WEYL[1] & MASK)) for n in range(10)]
 
 
 def philox4x32(c0, c1, c2, c3, k0: int, k1: int):

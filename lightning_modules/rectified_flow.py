@@ -99,12 +99,13 @@ class RectifiedFlow(LightningModule):
         x0 = batch["source"] if "source" in batch else draws.normal("noise", x1.shape[1:], x1.dtype)
         if not isinstance(self.coupling, Independent):
             x0, x1, _ = self.coupling.pair(x0, x1, draws.generator("coupling"))
-        t = self.times.quantile(draws.uniform("time"))
+        u, dropped = draws.uniform("time", (2,)).unbind(1)
+        t = self.times.quantile(u)
         cond = None
         if self.num_classes:
             cond = batch["label"]
             if self.condition_dropout:
-                cond = self.net.drop_condition(cond, draws.uniform("condition") < self.condition_dropout)
+                cond = self.net.drop_condition(cond, dropped < self.condition_dropout)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.net(x, t, cond)
