@@ -132,6 +132,11 @@ def check_weights(module: nn.Module, checkpoint: Mapping[str, Any], name: str) -
     return {key: found[plain] for plain, (key, _) in expected.items()}
 
 
+def raw_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights as they were trained: those beside the average, or the only ones where nothing was averaged."""
+    return checkpoint.get("current_model_state") or checkpoint.get("state_dict", {})
+
+
 def plain_name(key: str) -> str:
     """A parameter's name without the parts that `torch.compile` adds."""
     return key.replace("_orig_mod.", "")

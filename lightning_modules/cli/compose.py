@@ -126,9 +126,29 @@ def compose(words: list[str]) -> tuple[dict[str, Any], str]:
             with_hydra = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
             tree = OmegaConf.to_container(with_hydra, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        lines = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(f"configuration: {lines[0] if lines else error!r}") from error
+        raise UserError(refusal(error, "configuration", dict(zip(overrides, words)))) from error
     return _finish(tree), choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+
+
+def refusal(error: Exception, place: str, words: dict[str, str]) -> str:
+    """What Hydra or OmegaConf refuses, on one line that holds the word as the user wrote it.
+
+    Args:
+        error: What was raised.
+        place: Where the line starts if the error belongs to no word.
+        words: Override -> the user's word.
+    """
+    cause = error.__cause__ or error
+    text = (str(cause).strip().splitlines() or [repr(cause)])[0]
+    if word := words.get(getattr(error, "override", "")):
+        why = "" if error.override in text else f" ({text})"
+        return f"word '{word}': can't be read{why}; expected key=value with brackets and quotes in pairs"
+    for override, word in words.items():
+        if override in text:
+            return f"{place}: {text.replace(override, word)}"
+        if override.lstrip("+").partition("=")[0] == getattr(cause, "full_key", None):
+            return f"word '{word}': {text}"
+    return f"{place}: {text}"
 
 
 def _finish(tree: dict[str, Any]) -> dict[str, Any]:

@@ -113,9 +113,14 @@ class Lab(LightningCLI):
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        if subcommand == "predict" and not is_overridden("predict_step", self.model):
+            name = type(self.model).__name__
+            raise UserError(f"predict: {name} has no predict_step; expected one that returns a dict of tensors")
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if (path := kwargs.get("ckpt_path")) and Path(path).is_file():
             check_weights(self.model, load_checkpoint(path), f"ckpt_path={path}")
+            if hasattr(self.model, "initial"):
+                self.model.initial = None
         kwargs["weights_only"] = True
         return kwargs
 

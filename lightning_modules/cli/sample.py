@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -71,9 +72,15 @@ def run_sample(words: list[str]) -> int:
 
     import torch
 
-    from penstock.lightning_modules.build import model_from_checkpoint
+    from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
 
-    model = model_from_checkpoint(path, **_solver(options.get("solver")))
+    try:
+        model = model_from_checkpoint(path, **_solver(solver := options.get("solver")))
+    except UserError as error:
+        if solver is None or not re.search(r"at model: option 'solver[.']", str(error)):
+            raise
+        name = config_of_checkpoint(path)["model"]["class_path"].rpartition(".")[2]
+        raise UserError(f"solver={solver}: {name} has no solver to choose") from error
     if not hasattr(model, "sample"):
         raise UserError(f"ckpt_path={path}: {type(model).__name__} does not generate samples")
     extra_kinds = _options(model)

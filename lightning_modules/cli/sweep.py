@@ -12,15 +12,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from penstock.lightning_modules.cli.compose import hydra_words, split_word
+from penstock.lightning_modules.cli.compose import hydra_words, refusal, split_word
 from penstock.lightning_modules.cli.conf import check_choice, conf_dirs
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 
+class _Stop(BaseException):
+    """Ends a sweep; after an `Exception` of a job Hydra would go on with the next."""
+
+
 def run_sweep(verb: str, words: list[str]) -> int:
-    """Runs every combination; prints where each job's folder is. Exit code 1 when a job failed, 2 for bad input."""
+    """Runs every combination; prints where each job's folder is. Exit code 1 when a job failed, 2 for bad input.
+
+    A job without the metric that a word `objective=` names is the last, unless a launcher runs jobs side by side.
+    """
     hydra_own = [w for w in words if w.lstrip("+~").startswith(("hydra/", "hydra."))]
-    overrides = _expandable([w for w in words if w not in hydra_own])
+    own_words = [w for w in words if w not in hydra_own]
+    overrides = _expandable(own_words)
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig
@@ -30,6 +38,8 @@ def run_sweep(verb: str, words: list[str]) -> int:
     if own:
         hydra_own.append(f"hydra.searchpath=[{','.join(f'file://{d}' for d in own)}]")
     failed: list[int] = []
+    asked = any(word.lstrip("+").startswith("objective=") for word in own_words)
+    process = os.getpid()
 
     def job(config: DictConfig) -> float | None:
         from hydra.core.hydra_config import HydraConfig
@@ -44,7 +54,11 @@ def run_sweep(verb: str, words: list[str]) -> int:
             failed.append(number)
             print(f"job {number}: exit code {code}", file=sys.stderr, flush=True)
             return None
-        return objective(config.get("objective"), run_dir)
+        name = config.get("objective")
+        value = objective(name, run_dir)
+        if asked and name is not None and value is None and os.getpid() == process:
+            raise _Stop(number)
+        return value
 
     quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null"]
     argv = [sys.argv[0], "-m", f"hydra.sweep.dir={folder}", *quiet, *hydra_own, *overrides]
@@ -53,7 +67,10 @@ def run_sweep(verb: str, words: list[str]) -> int:
     try:
         hydra.main(config_path=str(main), config_name="config", version_base="1.3")(job)()
     except HydraException as error:
-        raise UserError(f"sweep: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        raise UserError(refusal(error, "sweep", dict(zip(overrides, own_words)))) from error
+    except _Stop as stop:
+        print(f"sweep: stopped after job {stop}; {folder}")
+        return 2
     finally:
         sys.argv = saved
     print(f"sweep: {folder}; compare with: penstock compare {folder}/*")
@@ -87,9 +104,10 @@ def objective(name: str | None, run_dir: Path) -> float | None:
     """The job's value for the sweeper; None, with a line on stderr, when the run has no such metric."""
     if name is None:
         return None
-    metrics: dict[str, Any] = json.loads((run_dir / "metrics.json").read_text())
+    path = run_dir / "metrics.json"
+    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if name not in metrics:
-        near = did_you_mean(name, metrics)
-        print(f"penstock: objective={name}: not in {run_dir}/metrics.json{near}", file=sys.stderr, flush=True)
+        held = f"{did_you_mean(name, metrics)}; it holds {', '.join(sorted(metrics)) or 'nothing'}"
+        print(f"penstock: objective={name}: not in {os.path.relpath(path)}{held}", file=sys.stderr, flush=True)
         return None
     return float(metrics[name])

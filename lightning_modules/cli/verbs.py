@@ -1,9 +1,8 @@
 """`penstock fit|validate|test|predict`: from words to a LightningCLI run in a run folder."""
 
-import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,16 +75,18 @@ def _own_argv_hidden():
 
 def run_verb(verb: str, words: list[str]) -> int:
     """Runs one verb in this process; returns the exit code."""
-    if "--print" in words:
+    args, run_dir = plan(verb, [w for w in words if w != "--print"])
+    if "--print" in words and isinstance(args, dict):
         import yaml
 
-        args, run_dir = plan(verb, [w for w in words if w != "--print"])
-        tree = args[verb] if isinstance(args, dict) else args
-        print(yaml.safe_dump(tree, sort_keys=False) if isinstance(tree, dict) else json.dumps(tree), end="")
+        print(yaml.safe_dump(args[verb], sort_keys=False), end="")
         return 0
-    args, run_dir = plan(verb, words)
     os.environ["RUN_DIR"] = str(Path(run_dir).resolve())
     with _own_argv_hidden() as restore:
         from penstock.lightning_modules.cli.lab import run_lab
 
+        if "--print" in words:
+            with suppress(SystemExit):
+                run_lab([*args, "--print_config"], restore)
+            return 0
         return run_lab(args, restore)

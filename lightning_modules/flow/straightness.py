@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from penstock.lightning_modules.flow.losses import flow_matching_loss
+from penstock.lightning_modules.flow.losses import SquaredError, flow_matching_loss
 from penstock.lightning_modules.flow.solvers import Euler, Solver, Velocity
 
 
@@ -39,7 +39,7 @@ def crossing(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
     With any other velocity the mean is an upper bound of V. Zero means that the interpolation paths do not cross.
     """
-    return 2 * flow_matching_loss(velocity, x0, x1, t, reduction="half_sum")
+    return 2 * flow_matching_loss(velocity, x0, x1, t, loss=SquaredError("half_sum"))
 
 
 def transport_cost(x0: Tensor, x1: Tensor, p: float = 2.0) -> Tensor:

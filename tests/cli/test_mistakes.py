@@ -21,7 +21,7 @@ MISTAKES = {
     "wrong type": (["model.lr=abc"], ["at model.optimizer.lr:", "expected float", "found abc"]),
     "wrong class": ([f"model.class_path={CLASS}s"], ["has no 'RectifiedFlows'", "did you mean 'RectifiedFlow'?"]),
     "wrong module": (["model.class_path=penstoc.Flow"], ["no module named 'penstoc'"]),
-    "nested literal": (["model.reduction=men"], ["at model.reduction", "'half_sum'", "did you mean 'mean'?"]),
+    "nested literal": (["model.key=imag"], ["at model.key", "'points'", "did you mean 'image'?"]),
     "nested typo": (["model.net.widht=3"], ["at model.net:", "'widht'", "did you mean 'width'?"]),
     "optimiser typo": (["model.optimizer.betaz=3"], ["at model.optimizer:", "did you mean 'betas'?"]),
     "trainer typo": (["trainer.max_epoch=3"], ["'trainer.max_epoch'", "did you mean 'max_epochs'?"]),
@@ -97,7 +97,7 @@ def folder_empty_class(root):
 def folder_channels(root):
     for i in range(20):
         image(root / "a" / f"{i}.png", mode="L")
-    return ["1 channels", "expected 3", ".png"]
+    return ["found 1 channel (L), expected 3", ".png"]
 
 
 def folder_column(root):

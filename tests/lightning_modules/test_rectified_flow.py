@@ -12,6 +12,7 @@ from torch import nn
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.flow.couplings import MinibatchOT
 from penstock.lightning_modules.flow.likelihood import bits_per_dim
+from penstock.lightning_modules.flow.losses import SquaredError, flow_matching_loss
 from penstock.lightning_modules.flow.paths import VE, VP, Cosine, Linear
 from penstock.lightning_modules.flow.solvers import (
     DDIM,
@@ -24,7 +25,7 @@ from penstock.lightning_modules.flow.solvers import (
     Midpoint,
 )
 from penstock.lightning_modules.flow.times import Fixed, Grid, Uniform
-from penstock.lightning_modules.flow.transfer import feature_matching_loss
+from penstock.lightning_modules.flow.transfer import FeatureError
 from penstock.lightning_modules.nets.mlp import MLP
 from penstock.lightning_modules.nets.ncsnpp import NCSNpp
 from penstock.lightning_modules.nets.unet import UNet
@@ -53,7 +54,7 @@ class Stored:
         return self.noise
 
     def uniform(self, name, shape=()):
-        return self.u
+        return self.u if not shape else self.u[:, None].expand(-1, *shape)
 
 
 VARIANTS = {
@@ -74,7 +75,7 @@ def test_official_losses_and_gradients(name):
     if times is None:
         k = int(tensors["in/k"])
         times, u = Grid(k, 1e-3), (tensors["in/j"].double() + 0.5) / k
-    flow = RectifiedFlow(net, ADAM, times=times, reduction=reduction).double()
+    flow = RectifiedFlow(net, ADAM, times=times, loss=SquaredError(reduction)).double()
     batch = {"image": tensors["in/x1"]}
     loss = flow.losses(batch, Stored(tensors["in/z0"], u)).mean()
     torch.testing.assert_close(loss, tensors[f"out/{name}/loss"], rtol=1e-8, atol=1e-10)
@@ -222,7 +223,7 @@ def test_feature_loss_against_an_explicit_jacobian():
     def velocity(x, t):
         return net(x)
 
-    loss = feature_matching_loss(velocity, features, x0, x1, t)
+    loss = flow_matching_loss(velocity, x0, x1, t, loss=FeatureError(features))
     x_t = t[:, None] * x1 + (1 - t[:, None]) * x0
     for i in range(4):
         jacobian = torch.autograd.functional.jacobian(features, x_t[i])

@@ -115,7 +115,8 @@ def test_bfloat16_gathering_needs_mixed_precision(runs):
 
 def test_blocks_are_those_the_network_names():
     net = UNet(width=8)
-    module = RectifiedFlow(net, torch.optim.Adam, feature_net=nn.Linear(2, 2))
+    module = RectifiedFlow(net, torch.optim.Adam)
+    module.frozen = nn.Linear(2, 2).requires_grad_(False)
     assert list(networks(module)) == [net]
     found = blocks(net)
     assert {type(block) for block in found} == {ResidualBlock, AttentionBlock}
