@@ -82,9 +82,10 @@ class ImageStore:
             raise UserError(f"{source.where(row)}: found {image.mode} pixels, expected 8 bits a channel")
         if image.mode != MODE_OF[channels]:
             if not self.convert:
+                bands = len(image.getbands())
                 raise UserError(
-                    f"{source.where(row)}: found {len(image.getbands())} channels ({image.mode}), expected {channels} "
-                    f"({MODE_OF[channels]}); set data.convert=true to convert, or data.channels"
+                    f"{source.where(row)}: found {bands} channel{'s' * (bands > 1)} ({image.mode}), "
+                    f"expected {channels} ({MODE_OF[channels]}); set data.convert=true to convert, or data.channels"
                 )
             image = image.convert(MODE_OF[channels])
         if image.size != (width, height):

@@ -274,7 +274,7 @@ def test_odd_images_are_named(tmp_path):
     tree(tmp_path)
     picture(0, mode="L").save(tmp_path / "dog" / "04.png")
     with pytest.raises(
-        UserError, match=r"dog/04.png: found 1 channels \(L\), expected 3 \(RGB\); set data.convert=true"
+        UserError, match=r"dog/04.png: found 1 channel \(L\), expected 3 \(RGB\); set data.convert=true"
     ):
         ready(tmp_path).train_dataloader()
     picture(0, size=(9, 7)).save(tmp_path / "dog" / "04.png")
