@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.cli.conf import options
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "add_a_method.md"
 SECTION = re.compile(r"^## ", re.MULTILINE)
@@ -80,6 +81,22 @@ def test_metrics_pictures_and_checkpoint_work_on_it(run):
 def test_sample_works_on_it(run, capsys):
     assert main(["sample", f"ckpt_path={run}/checkpoints/last.ckpt", "n=4", "steps=2"]) == 0
     assert "2 network calls each" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("name", options("solver"))
+def test_sample_says_that_there_is_no_solver_to_choose(name, run, capsys):
+    assert main(["sample", f"ckpt_path={run}/checkpoints/last.ckpt", f"solver={name}"]) == 2
+    assert capsys.readouterr().err == f"penstock: solver={name}: CleanFlow has no solver to choose\n"
+
+
+@pytest.mark.usefixtures("inside")
+def test_predict_says_what_is_lacking_and_leaves_no_folder(run, capsys, monkeypatch):
+    monkeypatch.delenv("RUN_DIR")
+    assert main(["predict", f"ckpt_path={run}/checkpoints/last.ckpt"]) == 2
+    (err,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("penstock: ")]
+    assert err == "penstock: predict: CleanFlow has no predict_step; expected one that returns a dict of tensors"
+    assert not (run / "predict").exists()
 
 
 @pytest.mark.usefixtures("inside")

@@ -72,6 +72,29 @@ def test_a_saved_configuration_re_runs_to_the_same_numbers(first, tmp_path):
     assert {k: old[k] for k in same} == {k: new[k] for k in same}
 
 
+@pytest.mark.parametrize("dialect", ["words", "flags"])
+def test_print_shows_the_complete_configuration_of_a_checkpoint(dialect, first, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ckpt = f"{first}/checkpoints/last.ckpt"
+    words = [f"ckpt_path={ckpt}", "model.lr=0.3", "trainer.max_epochs=7"]
+    if dialect == "flags":
+        words = ["--config", f"{first}/config.yaml", *words]
+    before = sorted(first.rglob("*"))
+    assert main(["fit", *words, "--print"]) == 0
+    expected = yaml.safe_load((first / "config.yaml").read_text())
+    expected["ckpt_path"] = ckpt
+    expected["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.3
+    expected["trainer"]["max_epochs"] = 7
+    assert yaml.safe_load(capsys.readouterr().out) == expected
+    assert not list(tmp_path.iterdir())
+    assert sorted(first.rglob("*")) == before
+
+
+def test_print_of_a_checkpoint_checks_the_words(first, capsys):
+    assert main(["fit", f"ckpt_path={first}/checkpoints/last.ckpt", "model.lrr=0.3", "--print"]) == 2
+    assert "did you mean 'lr'?" in capsys.readouterr().err
+
+
 def test_test_verb_takes_everything_from_the_checkpoint(first, tmp_path):
     penstock("test", f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / "t"))
     fitted = json.loads((first / "metrics.json").read_text())

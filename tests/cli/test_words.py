@@ -84,7 +84,12 @@ def test_values_with_signs_of_the_grammar(value):
         ("bogus=3", ["'bogus'", "unknown", "trainer"]),
         ("+bogus=3", ["'bogus'", "unknown", "trainer"]),
         ("experiment", ["'experiment'", "expected key=value"]),
-        ("data.batch_size=[1", ["configuration"]),
+        ("data.batch_size=[1", ["word 'data.batch_size=[1': can't be read", "brackets and quotes in pairs"]),
+        ("model.lr={a", ["word 'model.lr={a': can't be read (no viable alternative at input '{a')"]),
+        ("model.lr='a", ["word 'model.lr='a': can't be read; expected key=value"]),
+        ("model.lr=${a}", ["word 'model.lr=${a}': Interpolation key 'a' not found"]),
+        ("model.lr=1,2", ["configuration: Ambiguous value for argument 'model.lr=1,2'"]),
+        ("~model.nothing", ["configuration: Could not delete from config. 'model.nothing' does not exist."]),
     ],
 )
 def test_mistakes_name_the_place_and_the_nearest_choice(word, parts, capsys):
@@ -173,6 +178,43 @@ def test_own_file_must_not_take_a_name_of_the_project(tmp_path, monkeypatch, cap
     monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path))
     assert main(["fit", "data=digits"]) == 2
     assert "the name is taken" in capsys.readouterr().err
+
+
+def test_a_sweep_names_the_word_that_cannot_be_read(capsys):
+    assert main(["fit", "-m", "seed_everything=1,2", "model.lr={a"]) == 2
+    assert capsys.readouterr().err.startswith("penstock: word 'model.lr={a': can't be read")
+
+
+@pytest.mark.parametrize(
+    ("words", "held", "code", "jobs", "parts"),
+    [
+        (["objective=fd_pixel/2"], True, 2, 1, ["(did you mean 'fd_pixels/2'?); it holds fd_pixels/2, val/loss"]),
+        (["objective=zzz"], True, 2, 1, ["objective=zzz: not in ", "/0/metrics.json; it holds fd_pixels/2, val/loss"]),
+        (["objective=zzz"], False, 2, 1, ["/0/metrics.json; it holds nothing"]),
+        (["objective=val/loss"], True, 0, 2, []),
+        (["objective=null"], False, 0, 2, []),
+        ([], True, 0, 2, ["objective=fd_pixels/20: not in ", "/1/metrics.json (did you mean 'fd_pixels/2'?)"]),
+    ],
+)
+def test_a_sweep_stops_at_an_unknown_objective(words, held, code, jobs, parts, capsys, tmp_path, monkeypatch):
+    started = []
+
+    def run_job(verb, words, run_dir):
+        started.append(run_dir)
+        if held:
+            (run_dir / "metrics.json").write_text('{"val/loss": 1.0, "fd_pixels/2": 2.0}')
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("penstock.lightning_modules.cli.sweep.run_job", run_job)
+    assert main(["fit", "-m", "experiment=rectified_flow_digits", "seed_everything=1,2", *words]) == code
+    out, err = capsys.readouterr()
+    assert [path.name for path in started] == ["0", "1"][:jobs]
+    assert sorted(tmp_path.glob("runs/sweeps/*/[01]")) == started
+    assert ("stopped after job 0" in out) == (code == 2)
+    assert err.count("\n") == (jobs if parts else 0)
+    for part in parts:
+        assert part in err
 
 
 def test_missing_hydra_plugin_is_one_line(capsys):
