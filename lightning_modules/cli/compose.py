@@ -7,6 +7,7 @@ is moved into `init_args`, so `model.net.width=64` and `model.init_args.net.init
 
 import os
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from penstock.lightning_modules.cli.conf import check_choice, conf_dirs, groups
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 KEYS = ("model", "data", "trainer", "callbacks", "logger", "seed_everything", "ckpt_path", "weights_only")
-OWN = ("run_dir", "objective", "shape", "num_classes", "image_size")
+OWN = ("run_dir", "objective", "shape", "num_classes", "image_size", "teacher")
 SUGAR = {"model.lr": "model.optimizer.lr"}
 
 
 def new_run_dir(name: str) -> str:
     """`runs/<name>/<time>`, or `RUN_DIR` where the environment has it (children of DDP, jobs of a sweep)."""
-    return os.environ.get("RUN_DIR") or str(Path("runs") / name / _run_name())
+    return os.environ.get("RUN_DIR") or str(Path("runs") / name / new_run_name())
 
 
-def _run_name() -> str:
+def new_run_name() -> str:
     """The time; under torchrun or SLURM, where every rank works it out, something all ranks agree on."""
     if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
         return f"torchrun-{launch if launch != 'none' else os.getppid()}"
@@ -100,8 +101,12 @@ def nest_init_args(node: Any) -> Any:
     return {"class_path": node["class_path"], **({"init_args": init_args} if init_args else {}), **nested}
 
 
-def compose(words: list[str]) -> tuple[dict[str, Any], str]:
+def compose(words: list[str], teacher: Callable[[str], str] = str) -> tuple[dict[str, Any], str]:
     """Composes the words into LightningCLI's tree.
+
+    Args:
+        words: Of the command line.
+        teacher: Makes the path of a checkpoint from what the key `teacher` holds, before `${teacher}` is read.
 
     Returns:
         The tree (keys `model`, `data`, `trainer`, ...) and the run's name (experiment, else `<model>-<data>`).
@@ -124,6 +129,8 @@ def compose(words: list[str]) -> tuple[dict[str, Any], str]:
             config = hydra_compose("config", overrides, return_hydra_config=True)
             choices = OmegaConf.to_container(config.hydra.runtime.choices)
             with_hydra = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
+            if with_hydra.teacher is not None:
+                with_hydra.teacher = teacher(str(with_hydra.teacher))
             tree = OmegaConf.to_container(with_hydra, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(refusal(error, "configuration", dict(zip(overrides, words)))) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from penstock.lightning_modules.cli.compose import SUGAR, compose, new_run_dir
 from penstock.lightning_modules.cli.conf import groups
+from penstock.lightning_modules.cli.teacher import find_or_train
 from penstock.lightning_modules.errors import UserError
 
 PARTS = ("model", "data", "trainer")
@@ -31,8 +32,10 @@ def _as_flags(words: list[str]) -> list[str]:
     return flags
 
 
-def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
+def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dict, str]:
     """Understands the words: LightningCLI's arguments (a list of flags or a tree) and the run folder.
+
+    A teacher that the words name is found, or trained first, only if the verb is to `run`.
 
     `ckpt_path=` without an experiment takes the configuration of the run that wrote the checkpoint; `fit` then goes
     on in that run's folder, the other verbs in a subfolder of it.
@@ -42,8 +45,8 @@ def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
         raise UserError(f"ckpt_path={ckpt}: no such file")
     dialect = any(w.startswith("-") for w in words)
     if ckpt and not dialect and not any(w.partition("=")[0] in ("experiment", "model", "data") for w in words):
-        run = run_of_checkpoint(ckpt)
-        if run is None:
+        saved = run_of_checkpoint(ckpt)
+        if saved is None:
             raise UserError(
                 f"ckpt_path={ckpt}: no config.yaml in the folder above checkpoints/; add experiment=... or --config=..."
             )
@@ -52,15 +55,15 @@ def plan(verb: str, words: list[str]) -> tuple[list[str] | dict, str]:
                 raise UserError(
                     f"word '{word}': a saved configuration has no group or named entries '{key}'; add experiment=NAME"
                 )
-        run_dir = os.environ.get("RUN_DIR") or str(run if verb == "fit" else run / verb)
-        return [verb, "--config", str(run / "config.yaml"), *_as_flags(words)], run_dir
+        run_dir = os.environ.get("RUN_DIR") or str(saved if verb == "fit" else saved / verb)
+        return [verb, "--config", str(saved / "config.yaml"), *_as_flags(words)], run_dir
     if dialect:
         config = _value(words, "config") or next((b for a, b in pairwise(words) if a == "--config"), None)
         name = Path(config).resolve().parent.parent.name if config else verb
         return [verb, *_as_flags(words)], new_run_dir(name)
     if not words:
         raise UserError(f"{verb}: nothing to run; expected experiment=NAME (penstock list experiments)")
-    tree, name = compose(words)
+    tree, name = compose(words, find_or_train if run else str)
     return {"subcommand": verb, verb: tree}, new_run_dir(name)
 
 
@@ -75,7 +78,7 @@ def _own_argv_hidden():
 
 def run_verb(verb: str, words: list[str]) -> int:
     """Runs one verb in this process; returns the exit code."""
-    args, run_dir = plan(verb, [w for w in words if w != "--print"])
+    args, run_dir = plan(verb, [w for w in words if w != "--print"], run="--print" not in words)
     if "--print" in words and isinstance(args, dict):
         import yaml
 

@@ -1,0 +1,306 @@
+"""Pairs (noise, sample) that a trained flow makes: on the fly, or sharded to disk and resumable.
+
+A folder of pairs holds
+
+    pairs.json                    what made them: teacher, fingerprint of its weights, recipe, shapes, shards
+    shard_000000.safetensors      rows 0 .. shard-1, float32 as the solver left them; then shard_000001 and so on
+
+A shard has `source` `(k, *shape)` at t = 0, the data (`image`, `points` ...) `(k, *shape)` at t = 1, `label` `(k,)` of a
+conditional teacher, or, where states on the way were asked for, `states` `(k, len(times), *shape)` instead of both ends.
+Row `i` depends on the recipe and `i` alone. A file gets its name when it is complete and on disk, so a killed run goes
+on with the shards that are missing, without duplicates or gaps, on any number of ranks.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from penstock.kernels.philox import Draws
+from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.grids import uniform
+from penstock.lightning_modules.flow.solvers import Solver
+from penstock.lightning_modules.flow_module import FlowModule
+
+MANIFEST = "pairs.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pairs are made.
+
+    Args:
+        n: How many pairs.
+        steps: Steps of the solver.
+        solver: None is the teacher's own.
+        guidance: Scale of classifier-free guidance of the teacher; 1 is none.
+        seed: Of the noise, independent of the run's seed.
+        batch: Pairs that the teacher makes at once.
+        shard: Pairs of one file, a multiple of `batch`.
+        keep: Indices 0 .. steps of the states to keep besides both ends' place in `source` and data; None keeps ends.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    n: int
+    steps: int = 20
+    solver: Solver | None = None
+    guidance: float = 1.0
+    seed: int = 0
+    batch: int = 250
+    shard: int = 1000
+    keep: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps", "batch", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pairs: {name}={getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"pairs: seed={self.seed}, expected 0 or more")
+        if self.shard % self.batch:
+            raise ValueError(f"pairs: shard={self.shard}, expected a multiple of batch={self.batch}")
+        if self.keep is not None:
+            kept = list(self.keep)
+            if len(kept) < 2 or kept != sorted(set(kept)) or (kept[0], kept[-1]) != (0, self.steps):
+                raise ValueError(f"pairs: keep={kept}, expected ascending indices from 0 to steps={self.steps}")
+
+    @property
+    def times(self) -> list[float] | None:
+        """Times of the kept states, from 0 to 1."""
+        return None if self.keep is None else uniform(self.steps)[list(self.keep)].tolist()
+
+    def described(self) -> dict[str, Any]:
+        """The recipe in plain values; what does not change a pair (how many, the size of the files) is left out."""
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {key: v for key, v in plain.items() if key not in ("solver", "shard", "n")}
+
+
+class PairMaker:
+    """A teacher that makes pairs: a trained flow with its averaged weights, in eval mode.
+
+    Args:
+        teacher: Checkpoint of a flow.
+        recipe: How.
+        device: Where the teacher runs.
+
+    Raises:
+        UserError: the file can't be read or is no flow's.
+    """
+
+    def __init__(self, teacher: str | Path, recipe: Recipe, device: torch.device | str = "cpu"):
+        model = model_from_checkpoint(Path(teacher))
+        if not isinstance(model, FlowModule):
+            raise UserError(f"teacher '{teacher}': a {type(model).__name__}, expected a flow that makes samples")
+        self.model = model.to(device).requires_grad_(False)
+        self.teacher, self.recipe = Path(teacher), recipe
+        self.weights = fingerprint(model)
+        self.key: str = model.key
+        self.shape = tuple(model.net.shape)
+
+    def identity(self) -> dict[str, Any]:
+        """What the pairs depend on."""
+        solver = repr(self.recipe.solver or self.model.solver)
+        own = {"version": VERSION, "weights": self.weights, "solver": solver, "key": self.key}
+        return own | self.recipe.described()
+
+    def labels(self, index: Tensor) -> Tensor | None:
+        """Classes in turn, `index mod num_classes`, or None for an unconditional teacher."""
+        return index % self.model.num_classes if self.model.num_classes else None
+
+    @torch.no_grad()
+    def make(self, index: Tensor, draws: Draws, label: Tensor | None = None) -> dict[str, Tensor]:
+        """The pairs of samples `index` `(b,)`, on its device: `source`, the data, `label`, or `states` and `label`."""
+        recipe, model = self.recipe, self.model
+        label = self.labels(index) if label is None else label
+        x = draws.normal("pairs", self.shape) * model.path.source_std
+        options = {"cond": label, "guidance": recipe.guidance, "solver": recipe.solver}
+        labelled = {} if label is None else {"label": label}
+        if recipe.keep is None:
+            return {"source": x, self.key: model.integrate(x, recipe.steps, **options).x, **labelled}
+        grid, states = uniform(recipe.steps), [x]
+        for start, stop in zip(recipe.keep, recipe.keep[1:]):
+            states.append(model.integrate(states[-1], grid=grid[start : stop + 1], **options).x)
+        return {"states": torch.stack(states, 1), **labelled}
+
+    def batches(self, rows: range) -> Iterator[dict[str, Tensor]]:
+        """The pairs of `rows` on the CPU, always made in whole batches: adaptive solvers step for the batch together."""
+        for first in range(rows.start, rows.stop, self.recipe.batch):
+            index = torch.arange(first, first + self.recipe.batch, device=self.model.device)
+            made = self.make(index, Draws(self.recipe.seed, 0, index))
+            yield {key: value[: rows.stop - first].cpu() for key, value in made.items()}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of all weights by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_pairs(
+    maker: PairMaker,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    tick: Callable[[int], None] = lambda n: None,
+) -> int:
+    """Makes what is missing in `folder`; rank r of `world` makes every world-th missing shard.
+
+    Args:
+        maker: The teacher and the recipe.
+        folder: New, or left by an earlier call with the same maker.
+        rank: This process.
+        world: Number of processes that call this with the same maker.
+        barrier: Waits for all of them.
+        tick: Told the number of pairs as they are there (found or made).
+
+    Returns:
+        The number of pairs that this process made.
+
+    Raises:
+        UserError: the folder holds pairs of another teacher or recipe, or it can't be written (disk full).
+    """
+    recipe, folder = maker.recipe, Path(folder)
+    if rank == 0:
+        _begin(maker, folder)
+    barrier()
+    shards = [range(a, min(a + recipe.shard, recipe.n)) for a in range(0, recipe.n, recipe.shard)]
+    missing = [n for n, rows in enumerate(shards) if not _complete(shard_file(folder, n), len(rows))]
+    tick(sum(len(rows) for n, rows in enumerate(shards) if n not in missing))
+    barrier()
+    made = 0
+    for number in missing[rank::world]:
+        parts = []
+        for part in maker.batches(shards[number]):
+            parts.append(part)
+            made += len(next(iter(part.values())))
+            tick(len(next(iter(part.values()))))
+        tensors = {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
+        _atomically(shard_file(folder, number), save(tensors))
+    barrier()
+    return made
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """File of one shard."""
+    return folder / f"shard_{number:06d}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of pairs.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"pairs '{folder}': no {MANIFEST} there; expected a folder made by penstock pairs") from None
+    except ValueError as error:
+        raise UserError(f"pairs '{path}': not JSON ({error}); expected a file made by penstock pairs") from None
+    if manifest.get("version") != VERSION:
+        raise UserError(f"pairs '{path}': found version {manifest.get('version')}, expected {VERSION}")
+    return manifest
+
+
+def default_folder(maker: PairMaker) -> Path:
+    """`<run of the teacher>/pairs/<hash of what the pairs depend on>`."""
+    identity = json.dumps(maker.identity(), sort_keys=True).encode()
+    run = maker.teacher.resolve().parent
+    run = run.parent if run.name == "checkpoints" else run
+    return run / "pairs" / hashlib.sha256(identity).hexdigest()[:12]
+
+
+def _begin(maker: PairMaker, folder: Path) -> None:
+    """Checks the manifest that is there, or writes it."""
+    recipe = maker.recipe
+    wanted = maker.identity()
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                what = "the weights of another checkpoint" if key == "weights" else f"{key}={found.get(key)}"
+                raise UserError(
+                    f"pairs '{folder}': made with {what}, expected {key}={value}; give another folder or delete this one"
+                )
+        if found["shard"] != recipe.shard:
+            raise UserError(f"pairs '{folder}': shards of {found['shard']}, expected {recipe.shard}")
+        if found["n"] >= recipe.n:
+            return
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"pairs '{folder}': not empty and without {MANIFEST}; expected a new or empty folder")
+    manifest = wanted | {
+        "n": recipe.n,
+        "shard": recipe.shard,
+        "shape": list(maker.shape),
+        "times": recipe.times,
+        "teacher": str(maker.teacher),
+    }
+    _atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _complete(path: Path, rows: int) -> bool:
+    """Whether a shard is there and holds at least `rows` rows (a last shard grows when more pairs are asked for)."""
+    if not path.exists():
+        return False
+    return shard_layout(path)["rows"] >= rows
+
+
+def shard_layout(path: Path) -> dict[str, Any]:
+    """Where the tensors of a shard lie: `rows`, and `tensors`: name -> (numpy dtype, shape, offset in the file).
+
+    Raises:
+        UserError: a file that is cut short or no shard.
+    """
+    kinds = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "F16": "<f2"}
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        tensors = {
+            k: (kinds[e["dtype"]], tuple(e["shape"]), 8 + size + e["data_offsets"][0]) for k, e in header.items()
+        }
+        rows = {shape[0] for _, shape, _ in tensors.values()}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError) as error:
+        raise UserError(f"pairs '{path}': not a shard ({type(error).__name__}); delete it, it is made anew") from None
+    if len(rows) != 1 or path.stat().st_size != 8 + size + end:
+        raise UserError(f"pairs '{path}': {path.stat().st_size} bytes, expected {8 + size + end}; delete it")
+    return {"rows": rows.pop(), "tensors": tensors}
+
+
+def _atomically(path: Path, content: bytes) -> None:
+    """Gives a file its name when it is complete and on disk.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"pairs '{path}': cannot be written ({error.strerror}); what is complete stays") from error
