@@ -1,0 +1,48 @@
+"""What a number of steps may be in the configuration and on the command line: `8`, or `bellman:8`; imports no torch."""
+
+import re
+from dataclasses import dataclass
+
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+K_MAX = 100
+
+
+@dataclass(frozen=True)
+class Bellman:
+    """`bellman:K` or `bellman:K/K_max`: the K steps of least local error on a grid of K_max (arXiv 2312.16414).
+
+    Args:
+        k: steps.
+        k_max: steps of the fine grid that they are chosen from.
+    """
+
+    k: int
+    k_max: int = K_MAX
+
+
+def parse_steps(value: int | str, key: str = "steps") -> int | Bellman:
+    """A number of equal steps, or a search for the best ones.
+
+    Args:
+        value: as the user wrote it.
+        key: what errors call it.
+
+    Raises:
+        UserError: another word, fewer than 1 step, or more than the fine grid has.
+    """
+    text = str(value)
+    if re.fullmatch(r"-?\d+", text):
+        if int(text) < 1:
+            raise UserError(f"{key}={text}: expected a whole number of 1 or more")
+        return int(text)
+    word, colon, rest = text.partition(":")
+    numbers = re.fullmatch(r"(\d+)(?:/(\d+))?", rest)
+    if word != "bellman" or numbers is None:
+        wanted = f"bellman:{rest if numbers else 4}"
+        near = f" (did you mean '{wanted}'?)" if colon or did_you_mean(word, ["bellman"]) else ""
+        raise UserError(f"{key}={text}: expected a whole number, bellman:K or bellman:K/K_max{near}")
+    k, k_max = int(numbers[1]), int(numbers[2] or K_MAX)
+    if not 1 <= k <= k_max:
+        raise UserError(f"{key}={text}: found K={k}, expected 1 to {k_max}, the steps of the fine grid")
+    return Bellman(k, k_max)
