@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules.bellman import sampling_grid
 from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights, raw_weights
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow import likelihood
@@ -17,6 +18,7 @@ from penstock.lightning_modules.flow.guidance import Guided
 from penstock.lightning_modules.flow.paths import Linear, Path
 from penstock.lightning_modules.flow.solvers import RK45, Euler, Heun, Midpoint, Solution, Solver, Velocity
 from penstock.lightning_modules.seeds import run_seed
+from penstock.lightning_modules.steps import Bellman, parse_steps
 
 Key = Literal["image", "points", "video", "latent"]
 
@@ -32,12 +34,17 @@ class FlowModule(LightningModule):
         scheduler: Makes a learning-rate scheduler that is stepped after every optimiser step.
         path: Interpolation path; None is the straight line.
         solver: ODE (or SDE) solver of `sample`; None is Euler.
-        eps: Smallest time at which the network is asked, in (0, 1).
+        eps: Smallest time at which the network is asked, in [0, 1).
         guidance: Scale of classifier-free guidance when sampling; 1 is the plain conditional flow.
         key: Entry of the batch that holds the data.
         initial: Checkpoint whose raw (not averaged) weights training starts from; None keeps the network's own. The
             command line clears it for a run that resumes.
+
+    Attributes:
+        default_steps: Steps of `sample` where nothing else is asked for.
     """
+
+    default_steps: int = 20
 
     def __init__(
         self,
@@ -52,8 +59,8 @@ class FlowModule(LightningModule):
         initial: str | None,
     ):
         super().__init__()
-        if not 0 < eps < 1:
-            raise ValueError(f"eps={eps}: expected a time in (0, 1)")
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps={eps}: expected a time in [0, 1)")
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -72,8 +79,12 @@ class FlowModule(LightningModule):
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; all randomness comes from `draws`."""
 
-    def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+    def fits(self, data: Any) -> None:
+        """Refuses a DataModule of other shape or classes.
+
+        Raises:
+            UserError: the key of the model, what was found and what is expected.
+        """
         shape, classes = tuple(getattr(data, "shape", self.net.shape)), getattr(data, "num_classes", 0)
         if shape != tuple(self.net.shape):
             raise UserError(f"model.net.shape: found {tuple(self.net.shape)}, expected {shape}, the data's shape")
@@ -81,9 +92,16 @@ class FlowModule(LightningModule):
             raise UserError(
                 f"model.net.num_classes: found {self.num_classes}, expected 0 or {classes}, the data's classes"
             )
+
+    def setup(self, stage: str) -> None:
+        self.fits(self.trainer.datamodule)
         if stage == "fit" and self.initial:
-            own = {k.removeprefix("net."): v for k, v in raw_weights(load_checkpoint(self.initial)).items()}
+            own = self.initial_weights(raw_weights(load_checkpoint(self.initial)))
             load_weights(self.net, {"state_dict": own}, f"model.initial={self.initial}")
+
+    def initial_weights(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The network's weights under its own names, from the state of the module that training starts from."""
+        return {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
 
     def condition(self, batch: dict[str, Tensor]) -> Tensor | None:
         """What the network is conditioned on, or None."""
@@ -120,7 +138,7 @@ class FlowModule(LightningModule):
         self,
         n: int,
         *,
-        steps: int = 20,
+        steps: int | str | None = None,
         grid: Tensor | None = None,
         cond: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -130,7 +148,8 @@ class FlowModule(LightningModule):
 
         Args:
             n: How many.
-            steps: Steps of the solver (an adaptive solver chooses its own); `nfe` tells the network calls after it.
+            steps: Steps of the solver (an adaptive solver chooses its own), or `bellman:K`, the K steps of least local
+                error for the present weights; None is `default_steps`. `nfe` tells the network calls after it.
             grid: Times from 0 to 1 to step through instead of `steps` equal ones.
             cond: Condition of each sample, `(n,)` class labels, or None for the unconditional flow.
             generator: Source of the starting noise, on the module's device.
@@ -143,7 +162,7 @@ class FlowModule(LightningModule):
         self,
         x0: Tensor,
         *,
-        steps: int = 20,
+        steps: int | str | None = None,
         grid: Tensor | None = None,
         cond: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -151,7 +170,14 @@ class FlowModule(LightningModule):
     ) -> Tensor:
         """Carries source samples `(B, ...)` at t = 0 to the data at t = 1 (translation from source to data)."""
         scale = self.guidance if guidance is None else guidance
-        return self.integrate(x0, steps, grid=grid, cond=cond, generator=generator, guidance=scale).x
+        number = parse_steps(self.default_steps if steps is None else steps)
+        grid = self.grid_of(number, scale) if grid is None else grid
+        equal = number if isinstance(number, int) else number.k
+        return self.integrate(x0, equal, grid=grid, cond=cond, generator=generator, guidance=scale).x
+
+    def grid_of(self, steps: int | Bellman, guidance: float) -> Tensor | None:
+        """The times to step through, or None for equal steps; a search for the best ones is kept in memory."""
+        return sampling_grid(self, steps, guidance) if isinstance(steps, Bellman) else None
 
     def encode(self, x1: Tensor, *, steps: int = 20, cond: Tensor | None = None) -> Tensor:
         """Carries data `(B, ...)` at t = 1 back to the source at t = 0 (translation from data to source)."""
