@@ -1,0 +1,241 @@
+"""InstaFlow: "One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation" (arXiv 2309.06380)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from penstock.kernels.philox import Draws
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.grids import uniform
+from penstock.lightning_modules.flow.guidance import Guided
+from penstock.lightning_modules.flow.losses import FlowLoss, Regression, SquaredError
+from penstock.lightning_modules.flow.solvers import Solution, Solver
+from penstock.lightning_modules.flow.times import TimeSampler, Uniform
+from penstock.lightning_modules.flow_module import FlowModule
+from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
+from penstock.lightning_modules.nets.text_encoder import HashedText, TextEncoder
+from penstock.lightning_modules.seeds import run_seed
+
+Condition = Tensor | Sequence[str]
+
+
+class InstaFlow(FlowModule):
+    """A rectified flow from noise (t = 0) to images (t = 1) that a prompt steers, in pixel or latent space.
+
+    Training (section 2): `E |(X1 - X0) - v(X_t, t | T)|^2` with `X_t = t X1 + (1 - t) X0`. On images with captions and
+    fresh noise that is the first flow; on pairs of noise and what a guided teacher made of it for a prompt T, reflow;
+    on pairs with `times=Fixed(0)`, distillation to the one step `X1 = X0 + v(X0, 0 | T)`, first in latent space, then
+    (`space=image`) by a perceptual loss between decoded images. That these are compared decoded is our reading: the
+    paper names the loss only.
+
+    A batch holds `text` (prompts) or `label` (numbers of `prompts`), and `image`, or `source` with `image` or `latent`.
+
+    Sampling (official sampler): times 0, 1/N, ..., for Stable Diffusion's U-Net 1000, 1000 (1 - 1/N), ...; guidance
+    acts above 1 only, so that 0 and 1 both are one conditional pass. The prompt encoder and the autoencoder are frozen,
+    and in no checkpoint or average.
+
+    Args:
+        net: `net(x, t, cond)` -> velocity; `cond` `(B, L, E)` are features of prompts.
+        optimizer: Makes the optimiser from the parameters.
+        scheduler: Makes a learning-rate scheduler that is stepped after every optimiser step.
+        text: Prompts to features; None is the embedded `HashedText`.
+        autoencoder: Images to the flow's space and back; None is pixel space.
+        prompts: Prompts by number, for samples that ask for a class.
+        times: Law of t in training; None is uniform on (0, 1), `Fixed(0)` distils to one step.
+        loss: What a prediction costs; None is the squared error, mean over dimensions.
+        space: Where the loss is taken: of the velocity, or of decoded images `X0 + v` and `X1` (with `Fixed(0)`).
+        solver: ODE solver of `sample`; None is Euler.
+        condition_dropout: Share of training samples whose prompt is dropped, in [0, 1]; 0 on pairs, whose samples have
+            the teacher's guidance in them.
+        guidance: Scale of classifier-free guidance when sampling.
+        initial: Checkpoint whose raw (not averaged) weights training starts from; None keeps the network's own.
+
+    Raises:
+        ValueError: `condition_dropout` outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        text: TextEncoder | None = None,
+        autoencoder: Autoencoder | None = None,
+        prompts: list[str] | None = None,
+        times: TimeSampler | None = None,
+        loss: FlowLoss | None = None,
+        space: Literal["velocity", "image"] = "velocity",
+        solver: Solver | None = None,
+        condition_dropout: float = 0.0,
+        guidance: float = 1.0,
+        initial: str | None = None,
+    ):
+        autoencoder = autoencoder or Identity()
+        super().__init__(net, optimizer, scheduler, None, solver, 0.0, guidance, autoencoder.key, initial)
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"condition_dropout={condition_dropout}: expected a share in [0, 1]")
+        self.autoencoder = autoencoder
+        self.text = text or HashedText()
+        self.prompts = prompts or []
+        self.num_classes = len(self.prompts)
+        self.times = times or Uniform(0.0)
+        self.loss = loss or SquaredError()
+        self.space = space
+        self.condition_dropout = condition_dropout
+        self._prompted: Tensor | None = None
+
+    # ------------------------------------------------------------------ training
+
+    def fits(self, data: Any) -> None:
+        """Refuses images that the autoencoder does not bring to the network's shape, and features of another size."""
+        shape = tuple(getattr(data, "shape", ()))
+        latent = self.autoencoder.latent_shape(shape) if len(shape) == 3 else shape
+        if latent != tuple(self.net.shape):
+            raise UserError(
+                f"model.net.shape: found {tuple(self.net.shape)}, expected {latent}, what model.autoencoder makes of "
+                f"the data's {shape}"
+            )
+        try:
+            self.net.drop_condition(self.text(["a"]), torch.tensor([False]))
+        except ValueError as error:
+            raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
+
+    def features(self, condition: Condition | None) -> Tensor | None:
+        """Features `(B, L, E)` of prompts, of int64 numbers `(B,)` of `prompts`, or those given; None stays None.
+
+        Raises:
+            UserError: numbers without `prompts`.
+        """
+        if condition is None or (isinstance(condition, Tensor) and condition.is_floating_point()):
+            return condition
+        if not isinstance(condition, Tensor):
+            return self.text(list(condition), self.device)
+        if not self.prompts:
+            raise UserError("model.prompts: found none; expected the prompts that the data's labels stand for")
+        if self._prompted is None or self._prompted.device != self.device:
+            self._prompted = self.text(self.prompts, self.device)
+        return self._prompted[condition]
+
+    def condition(self, batch: dict[str, Any]) -> Tensor | None:
+        """Features `(B, L, E)` of the batch's prompts.
+
+        Raises:
+            UserError: a batch without `text` and without `label`.
+        """
+        found = batch["text"] if "text" in batch else batch.get("label")
+        if found is None:
+            raise UserError(f"InstaFlow: batches have {', '.join(sorted(batch))}; expected text, as in data=image_text")
+        return self.features(found)
+
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        """Loss of each sample `(B,)`; noise, times and dropped prompts come from `draws`."""
+        shape = tuple(self.net.shape)
+        if "latent" in batch:
+            x1 = batch["latent"]
+        else:
+            noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
+            x1 = self.autoencoder.encode(batch["image"], noise)
+        x0 = batch["source"] if "source" in batch else draws.normal("noise", shape, x1.dtype)
+        u, dropped = draws.uniform("time", (2,)).unbind(1)
+        cond = self.condition(batch)
+        if self.condition_dropout:
+            cond = self.net.drop_condition(cond, dropped < self.condition_dropout)
+        t = self.times.quantile(u)
+        x_t = self.path.interpolate(x0, x1, t)
+        velocity, target = self.net(x_t, t, cond), x1 - x0
+        if self.space == "velocity":
+            return self.loss(Regression(velocity, target, x_t, x0, x1, t))
+        with torch.no_grad():
+            image = self.autoencoder.decode(x1)
+        made, black = self.autoencoder.decode(x0 + velocity), torch.zeros_like(image)
+        return self.loss(Regression(made, image, black, black, image, t))
+
+    # ------------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int = 1,
+        grid: Tensor | None = None,
+        cond: Condition | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | None = None,
+        prompt: str | None = None,
+        negative: str | None = None,
+    ) -> Tensor:
+        """Draws `n` images `(n, C, H, W)` in [-1, 1].
+
+        Args:
+            n: How many.
+            steps: Steps N of the solver.
+            grid: Times from 0 to 1 to step through instead.
+            cond: Prompt of each sample: texts, int64 numbers of `prompts`, or features `(n, L, E)`; None is no prompt.
+            generator: Source of the starting noise, on the module's device.
+            guidance: Guidance scale instead of the module's own; it acts above 1.
+            prompt: One prompt for all samples, instead of `cond`.
+            negative: Prompt that guidance leads away from, instead of the empty one.
+
+        Raises:
+            UserError: another number of prompts than samples.
+        """
+        cond = [prompt] * n if prompt is not None else cond
+        if cond is not None and len(cond) != n:
+            raise UserError(f"sample: {len(cond)} prompts given for {n} samples, expected one each")
+        x0 = torch.randn(n, *self.net.shape, generator=generator, device=self.device)
+        scale = self.guidance if guidance is None else guidance
+        options = {"grid": grid, "cond": cond, "generator": generator, "guidance": scale, "negative": negative}
+        return self.autoencoder.decode(self.integrate(x0, steps, **options).x)
+
+    def integrate(
+        self,
+        x: Tensor,
+        steps: int = 1,
+        *,
+        grid: Tensor | None = None,
+        cond: Condition | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float = 1.0,
+        solver: Solver | None = None,
+        reverse: bool = False,
+        trajectory: bool = False,
+        negative: str | None = None,
+    ) -> Solution:
+        """Follows the flow of `x` `(B, *net.shape)` from t = 0 to 1, or back where `reverse`; see `FlowModule`.
+
+        Without `grid` the times are the network's own where it has any (`net.times(steps)`). If they begin at
+        t_min > 0, `x` stands for a state of unit variance there, as in the diffusion that the network was trained as.
+        """
+        cond = self.features(cond)
+        weak = None if negative is None else self.features([negative] * len(x))
+        guided = Guided(
+            self.net,
+            cond,
+            guidance if cond is not None and guidance > 1 else 1.0,
+            weak=None if weak is None else lambda x, t, _: self.net(x, t, weak),
+        )
+        first = 1.0
+        if grid is None:
+            grid = self.net.times(steps) if hasattr(self.net, "times") else uniform(steps)
+            first = float(torch.hypot(grid[0], 1 - grid[0]))
+        solution = (solver or self.solver)(
+            guided,
+            x if reverse else x * first,
+            grid.flip(0) if reverse else grid,
+            path=self.path,
+            generator=generator,
+            trajectory=trajectory,
+        )
+        self.nfe = guided.nfe
+        return Solution(solution.x / first, solution.nfe, solution.trajectory) if reverse else solution
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """One image for each prompt of the batch, in 25 steps of the batch's `source` or of keyed noise."""
+        draws = Draws(run_seed(), 0, batch["index"])
+        x0 = batch["source"] if "source" in batch else draws.normal("predict", tuple(self.net.shape))
+        solution = self.integrate(x0, 25, cond=self.condition(batch), guidance=self.guidance)
+        labels = {"label": batch["label"]} if "label" in batch else {}
+        return {"index": batch["index"], "image": self.autoencoder.decode(solution.x), **labels}
