@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights
 from penstock.lightning_modules.cli.explain import explain
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.solvers import Solver
 
 
 def build(config: dict[str, Any], *parts: str) -> list[Any]:
@@ -27,6 +28,13 @@ def build(config: dict[str, Any], *parts: str) -> list[Any]:
     except ArgumentError as error:
         raise UserError(explain(error)) from error
     return [built[part] for part in parts]
+
+
+def build_solver(config: dict[str, Any]) -> Solver:
+    """Builds what a file of `conf/solver/` says."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Solver, "solver")
+    return parser.instantiate_classes(parser.parse_object({"solver": config}))["solver"]
 
 
 def config_of_checkpoint(path: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ A folder of pairs holds
     pairs.json                    what made them: teacher, fingerprint of its weights, recipe, shapes, shards
     shard_000000.safetensors      rows 0 .. shard-1, float32 as the solver left them; then shard_000001 and so on
 
-A shard has `source` `(k, *shape)` at t = 0, the data (`image`, `points` ...) `(k, *shape)` at t = 1, `label` `(k,)` of a
-conditional teacher, or, where states on the way were asked for, `states` `(k, len(times), *shape)` instead of both ends.
+A shard has `source` `(k, *shape)` at t = 0, the data (`image`, `points` ...) `(k, *shape)` at t = 1, and `label` `(k,)`
+of a conditional teacher; where states on the way were asked for, `states` `(k, len(times), *shape)` for both ends.
 Row `i` depends on the recipe and `i` alone. A file gets its name when it is complete and on disk, so a killed run goes
 on with the shards that are missing, without duplicates or gaps, on any number of ranks.
 """
@@ -134,7 +134,7 @@ class PairMaker:
         return {"states": torch.stack(states, 1), **labelled}
 
     def batches(self, rows: range) -> Iterator[dict[str, Tensor]]:
-        """The pairs of `rows` on the CPU, always made in whole batches: adaptive solvers step for the batch together."""
+        """The pairs of `rows` on the CPU, made in whole batches: adaptive solvers step for a batch together."""
         for first in range(rows.start, rows.stop, self.recipe.batch):
             index = torch.arange(first, first + self.recipe.batch, device=self.model.device)
             made = self.make(index, Draws(self.recipe.seed, 0, index))
@@ -236,9 +236,7 @@ def _begin(maker: PairMaker, folder: Path) -> None:
         for key, value in wanted.items():
             if found.get(key) != value:
                 what = "the weights of another checkpoint" if key == "weights" else f"{key}={found.get(key)}"
-                raise UserError(
-                    f"pairs '{folder}': made with {what}, expected {key}={value}; give another folder or delete this one"
-                )
+                raise UserError(f"pairs '{folder}': made with {what}, expected {key}={value}; give another folder")
         if found["shard"] != recipe.shard:
             raise UserError(f"pairs '{folder}': shards of {found['shard']}, expected {recipe.shard}")
         if found["n"] >= recipe.n:
@@ -272,17 +270,15 @@ def shard_layout(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header, start = json.loads(file.read(size)), 8 + size
         header.pop("__metadata__", None)
         end = max(entry["data_offsets"][1] for entry in header.values())
-        tensors = {
-            k: (kinds[e["dtype"]], tuple(e["shape"]), 8 + size + e["data_offsets"][0]) for k, e in header.items()
-        }
+        tensors = {k: (kinds[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0]) for k, e in header.items()}
         rows = {shape[0] for _, shape, _ in tensors.values()}
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise UserError(f"pairs '{path}': not a shard ({type(error).__name__}); delete it, it is made anew") from None
-    if len(rows) != 1 or path.stat().st_size != 8 + size + end:
-        raise UserError(f"pairs '{path}': {path.stat().st_size} bytes, expected {8 + size + end}; delete it")
+    if len(rows) != 1 or path.stat().st_size != start + end:
+        raise UserError(f"pairs '{path}': {path.stat().st_size} bytes, expected {start + end}; delete it")
     return {"rows": rows.pop(), "tensors": tensors}
 
 

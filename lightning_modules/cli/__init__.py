@@ -25,6 +25,7 @@ sweep        penstock fit -m experiment=a,b seed_everything=1,2,3
 resume       penstock fit ckpt_path=runs/.../checkpoints/last.ckpt
 look
   sample     penstock sample ckpt_path=runs/.../checkpoints/last.ckpt n=64 steps=4
+  pairs      penstock pairs ckpt_path=runs/.../checkpoints/last.ckpt n=6000 steps=20
   compare    penstock compare runs/a runs/b
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
@@ -59,6 +60,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.sample import run_sample
 
         return run_sample(words)
+    if verb == "pairs":
+        from penstock.lightning_modules.cli.pairs import run_pairs
+
+        return run_pairs(words)
     if verb in ("fit", "validate", "test", "predict"):
         if "-m" in words or "--multirun" in words:
             from penstock.lightning_modules.cli.sweep import run_sweep
@@ -67,7 +72,7 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.verbs import run_verb
 
         return run_verb(verb, words)
-    verbs = ("fit", "validate", "test", "predict", "sample", "compare", "list")
+    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "compare", "list")
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 

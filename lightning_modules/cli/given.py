@@ -1,0 +1,62 @@
+"""Words of the verbs that are not composed: `key=value`, each key with a type."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penstock.lightning_modules.cli.compose import nest_init_args
+from penstock.lightning_modules.cli.conf import options
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+
+def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, str]:
+    """The words by key; `ckpt_path` must be among them and name a file.
+
+    Raises:
+        UserError: a word without `=`, or no such checkpoint.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{verb} {word}: expected key=value{did_you_mean(word, keys)}")
+        given[key] = value
+    if "ckpt_path" not in given:
+        near = next((did_you_mean(k, keys) for k in given if k not in keys), "")
+        raise UserError(f"{verb}: ckpt_path=... is required{near}")
+    if not Path(given["ckpt_path"]).is_file():
+        raise UserError(f"ckpt_path={given['ckpt_path']}: no such file")
+    return given
+
+
+def check_keys(verb: str, given: Mapping[str, str], keys: Mapping[str, type]) -> None:
+    """Raises UserError for a key that is none of `keys`."""
+    for key in given:
+        if key not in keys:
+            raise UserError(f"{verb} {key}: unknown{did_you_mean(key, keys)}; expected one of {', '.join(keys)}")
+
+
+def typed(key: str, value: str, kind: type) -> Any:
+    """The value as `kind`.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{key}={value}: expected {kind.__name__}") from None
+
+
+def solver_config(name: str) -> dict[str, Any]:
+    """What `conf/solver/<name>.yaml` says.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = options("solver")
+    if name not in known:
+        raise UserError(f"solver={name}: no such choice{did_you_mean(name, known)}; choices: {', '.join(known)}")
+    return nest_init_args(yaml.safe_load(known[name].read_text()))
