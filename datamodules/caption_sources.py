@@ -1,0 +1,219 @@
+"""Where images with captions come from: folders with a captions file, tar shards, parquet and hub sets.
+
+Every opener returns splits by the names `train`, `val`, `test`, each a `Captioned` source of images. Images are read
+one by one by place, whatever holds them, so that any order can be resumed.
+"""
+
+import csv
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from penstock.datamodules.image_sources import SPLIT_NAMES, FileSource, Source, open_tables
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
+FILE_KEYS = ("file", "file_name", "image")
+TEXT_KEYS = ("text", "caption", "captions", "prompt")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass
+class Captioned:
+    """One split: images and, for each, one caption or several."""
+
+    images: Source
+    captions: list[tuple[str, ...]]
+
+
+class TarSource:
+    """Images inside tar files in the webdataset layout, read by place: members `<key>.<ending>`, one group a sample.
+
+    Args:
+        entries: (tar file, name in it, first byte, number of bytes) of each image.
+        labels: int64 `(n,)` or None.
+        root: folder of the shards.
+    """
+
+    def __init__(self, entries: list[tuple[Path, str, int, int]], labels: np.ndarray | None, root: Path) -> None:
+        self.entries, self.labels, self.root = entries, labels, root
+        self.class_names = [] if labels is None else [str(k) for k in range(int(labels.max()) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def where(self, row: int) -> str:
+        path, name, _, _ = self.entries[row]
+        return f"{path}:{name}"
+
+    def open(self, row: int) -> Image.Image:
+        path, _, first, size = self.entries[row]
+        with open(path, "rb") as file:
+            file.seek(first)
+            return Image.open(BytesIO(file.read(size)))
+
+    def content(self) -> str:
+        digest = hashlib.sha256()
+        for path in sorted({entry[0] for entry in self.entries}):
+            stat = path.stat()
+            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def open_captioned(
+    name: str,
+    folder: Path | None,
+    captions: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    label_column: str | None,
+) -> dict[str, Captioned]:
+    """Splits of a local folder (tar shards, parquet, or image files with a captions file) or of the hub set `name`.
+
+    Raises:
+        UserError: the file, row or key at fault.
+    """
+    if folder is None or any(folder.rglob("*.parquet")):
+        tables = open_tables(name, folder, image_column, label_column)
+        return {split: Captioned(source, _column(source, caption_column)) for split, source in tables.items()}
+    reader = _tar_split if any(folder.rglob("*.tar")) else _file_split
+    present = {s: next((n for n in names if (folder / n).is_dir()), None) for s, names in SPLIT_NAMES.items()}
+    if not present["train"]:
+        return {"train": reader(folder, captions)}
+    return {split: reader(folder / sub, captions) for split, sub in present.items() if sub}
+
+
+def _column(source: Any, wanted: str | None) -> list[tuple[str, ...]]:
+    columns = source.table.column_names
+    name = wanted or next((c for c in TEXT_KEYS if c in columns), None)
+    if name is None or name not in columns:
+        expected = f"'{wanted}'" if wanted else f"one of {', '.join(TEXT_KEYS)}, or data.caption_column=NAME"
+        near = did_you_mean(wanted, columns) if wanted else ""
+        raise UserError(f"{source.place}: no caption column; found {', '.join(columns)}, expected {expected}{near}")
+    return [_texts(value, f"{source.place} row {row}: column '{name}'") for row, value in enumerate(source.table[name])]
+
+
+def _file_split(folder: Path, captions: str | None) -> Captioned:
+    file = folder / captions if captions else next((folder / n for n in CAPTION_FILES if (folder / n).is_file()), None)
+    if file is None or not file.is_file():
+        wanted = captions or " or ".join(CAPTION_FILES[:2])
+        raise UserError(f"{folder}: no captions file; expected {wanted} there, or data.captions=NAME")
+    root, found = folder.resolve(), {}
+    for line, row in _rows(file):
+        place = f"{file} line {line}"
+        name = _entry(row, FILE_KEYS, place)
+        path = folder / str(name)
+        if not path.resolve().is_relative_to(root):
+            raise UserError(f"{place}: path '{name}' leaves the data folder {folder}")
+        if not path.is_file():
+            raise UserError(f"{place}: no image '{name}' in {folder}")
+        found[path] = found.get(path, ()) + _texts(_entry(row, TEXT_KEYS, place), place)
+    if not found:
+        raise UserError(f"{file}: empty; expected one line for each image")
+    images = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    if without := [p for p in images if p not in found]:
+        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
+        raise UserError(f"{without[0]}: image without a caption in {file.name}{more}; expected a line for each image")
+    files = sorted(found)
+    return Captioned(FileSource(folder, files, None, []), [found[path] for path in files])
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        if file.suffix.lower() == ".csv":
+            for row in (reader := csv.DictReader(lines)):
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file} line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f'{file} line {number}: expected an object like {{"file": "a.png", "text": "a cat"}}')
+            yield number, row
+
+
+def _entry(row: dict[str, Any], keys: Sequence[str], place: str) -> Any:
+    for key in keys:
+        if row.get(key) is not None:
+            return row[key]
+    found = ", ".join(str(k) for k in row if k is not None)
+    raise UserError(f"{place}: no '{keys[0]}'; found {found or 'nothing'}, expected one of {', '.join(keys)}")
+
+
+def _texts(value: Any, place: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{place}: found {value!r:.60}, expected a caption, or a list of captions, that is not empty")
+    return texts
+
+
+def _tar_split(folder: Path, captions: str | None) -> Captioned:
+    entries, texts, labels = [], [], []
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise UserError(f"{folder}: no .tar shards in it")
+    for shard in shards:
+        for key, parts in _groups(shard).items():
+            image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
+            if image is None:
+                raise UserError(f"{shard}:{key}: no image; found {', '.join(parts)}, expected one of .jpg .png .webp")
+            entries.append((shard, image.name, image.offset_data, image.size))
+            text, label = _sidecars(shard, key, parts)
+            texts.append(text)
+            labels.append(label)
+    if not entries:
+        raise UserError(f"{folder}: the .tar shards hold no samples")
+    known = all(label is not None for label in labels)
+    return Captioned(TarSource(entries, np.array(labels, dtype=np.int64) if known else None, folder), texts)
+
+
+def _groups(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Members by key (the name up to the first dot of its last part), then by ending."""
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                head, slash, tail = member.name.rpartition("/")
+                stem, _, ending = tail.partition(".")
+                groups.setdefault(f"{head}{slash}{stem}", {})[f".{ending.lower()}"] = member
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{shard}: cannot be read ({error}); expected a whole, uncompressed tar file") from error
+    last = max((m.offset_data + m.size for parts in groups.values() for m in parts.values()), default=0)
+    if last > shard.stat().st_size:
+        raise UserError(f"{shard}: cut short at {shard.stat().st_size} bytes; expected a whole, uncompressed tar file")
+    return groups
+
+
+def _sidecars(shard: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple[tuple[str, ...], int | None]:
+    """Captions and class of one sample: from `.txt` and `.cls`, or from `.json`."""
+
+    def read(ending: str) -> str:
+        with open(shard, "rb") as file:
+            file.seek(parts[ending].offset_data)
+            return file.read(parts[ending].size).decode("utf-8", errors="replace")
+
+    place = f"{shard}:{key}"
+    try:
+        meta = json.loads(read(".json")) if ".json" in parts else {}
+        label = int(read(".cls")) if ".cls" in parts else meta.get("label")
+    except ValueError as error:
+        raise UserError(f"{place}: its .json or .cls cannot be read ({error})") from None
+    if ".txt" in parts:
+        return _texts(read(".txt").strip(), f"{place}.txt"), label
+    if not meta:
+        raise UserError(f"{place}: image without a caption; found {', '.join(parts)}, expected .txt or .json")
+    return _texts(_entry(meta, TEXT_KEYS, f"{place}.json"), f"{place}.json"), label
