@@ -1,5 +1,6 @@
 """Images with captions."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,20 @@ class CaptionedView:
         rows, choices = rows if rows.ndim == 2 else (rows, np.zeros_like(rows))
         found = [self.captions[number] for number in self.view.numbers[rows]]
         return {**self.view.fetch(rows), "text": [texts[c % len(texts)] for texts, c in zip(found, choices.tolist())]}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of any numbers >= 0: captions of `numbers`, over and over, in all wordings."""
+
+    captions: list[tuple[str, ...]]
+    numbers: np.ndarray
+
+    def __call__(self, rows: Tensor | np.ndarray) -> list[str]:
+        """One text for each of `rows` `(b,)`."""
+        turns, places = np.divmod(torch.as_tensor(rows).cpu().numpy(), len(self.numbers))
+        found = [self.captions[number] for number in self.numbers[places]]
+        return [texts[turn % len(texts)] for texts, turn in zip(found, (turns + places).tolist())]
 
 
 class _CaptionedImages(Images):
@@ -104,9 +119,14 @@ class ImageText(KindDataModule):
         num_workers: worker processes a rank.
         seed: key of order, captions and flips; `None` = the seed of the run.
 
+    Attributes:
+        texts: prompts by number, made of the training captions; after `setup`.
+
     Raises:
         UserError: anything wrong with the data; the file, row or key is named.
     """
+
+    texts: Prompts
 
     def __init__(
         self,
@@ -168,17 +188,11 @@ class ImageText(KindDataModule):
             self.classes = store.tensors["label"]
             wordings = [tuple(template.format(name) for template in TEMPLATES) for name in NAMES]
             self.captions = [wordings[label] for label in self.classes.tolist()]
+        self.texts = Prompts(self.captions, numbers["train"])
         self.shape, self.num_classes = self.images.shape, self.images.num_classes
         self.class_names = self.images.class_names
         self.fingerprint = fingerprint("image_text", self.images.fingerprint, repr(self.captions).encode())
         return store, numbers
-
-    def texts(self, rows: Tensor) -> list[str]:
-        """Prompts of any numbers `(b,)` >= 0: captions of the training samples, over and over, in all wordings."""
-        numbers = self.numbers["train"]
-        turns, places = np.divmod(rows.cpu().numpy(), len(numbers))
-        found = [self.captions[number] for number in numbers[places]]
-        return [texts[turn % len(texts)] for texts, turn in zip(found, (turns + places).tolist())]
 
     def prompts(self, n: int, split: Split = "test") -> tuple[list[str], Tensor | None]:
         """First captions, and classes int64 `(n,)` if there are any, of the first `n` samples of a split.

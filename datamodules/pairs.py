@@ -112,14 +112,23 @@ class Pairs(KindDataModule):
         if self.teacher is not None:
             if isinstance(self.keep, str):
                 self.recipe = replace(self.recipe, keep=self._schedule(self.keep, device))
-            self._maker = PairMaker(self.teacher, self.recipe, device)
-            if self._maker.shape != self.shape:
-                raise UserError(f"data.teacher: makes samples {self._maker.shape}, expected {self.shape}, data.real's")
+            self._maker = self.pair_maker(self.teacher, device)
         store, identity = (TensorStore(), self._maker.identity()) if self.online else self._written()
         self.times = self.recipe.times
         self.fingerprint = fingerprint("pairs", real.fingerprint, json.dumps(identity, sort_keys=True), self.recipe.n)
         kept, held = held_out(self.recipe.n, self.val_fraction)
         return store, {"train": kept, "val": held, "test": held[:0]}
+
+    def pair_maker(self, teacher: str, device: torch.device) -> PairMaker:
+        """The teacher, ready to make pairs.
+
+        Raises:
+            UserError: its samples have another shape than those of `real`.
+        """
+        maker = PairMaker(teacher, self.recipe, device)
+        if maker.shape != self.shape:
+            raise UserError(f"data.teacher: makes samples {maker.shape}, expected {self.shape}, data.real's")
+        return maker
 
     def _schedule(self, name: str, device: torch.device) -> tuple[int, ...]:
         """Indices of a schedule: rank 0 searches, the others read what it stored."""

@@ -57,6 +57,8 @@ class InstaFlow(FlowModule):
         ValueError: `condition_dropout` outside [0, 1].
     """
 
+    takes_text = True
+
     def __init__(
         self,
         net: nn.Module,

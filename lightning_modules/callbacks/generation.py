@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,12 +31,14 @@ class Generated:
         data: `(b, *shape)`; images and videos are clamped to [-1, 1].
         label: `(b,)` int64 class asked for, or None when the module is unconditional.
         nfe: network calls per sample.
+        text: `b` prompts, or None when the module takes none.
     """
 
     index: Tensor
     data: Tensor
     label: Tensor | None
     nfe: int
+    text: list[str] | None = None
     _features: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor) -> Tensor:
@@ -50,6 +52,16 @@ class Generated:
 def balanced_labels(n: int, num_classes: int) -> Tensor | None:
     """`(n,)` int64 labels `j % num_classes`, or None for `num_classes = 0`."""
     return torch.arange(n) % num_classes if num_classes else None
+
+
+def asked_for(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, n: int, split: Literal["train", "val", "test", "all"]
+) -> tuple[Tensor | None, list[str] | None]:
+    """Labels `(n,)` and prompts of a set: those of the data where the module takes text, else classes in turn."""
+    if getattr(pl_module, "takes_text", False) and hasattr(trainer.datamodule, "prompts"):
+        text, labels = trainer.datamodule.prompts(n, split)
+        return labels, text
+    return balanced_labels(n, pl_module.num_classes), None
 
 
 def chunk_seed(seed: int, chunk: int) -> int:
@@ -77,6 +89,7 @@ def generate(
     seed: int,
     labels: Tensor | None = None,
     context: Callable[[], AbstractContextManager] = nullcontext,
+    text: list[str] | None = None,
 ) -> Iterator[Generated]:
     """Draws `n` samples in fixed chunks of at most 250, shared among the ranks.
 
@@ -92,6 +105,7 @@ def generate(
         seed: non-negative.
         labels: `(n,)` int64 class of each sample; None for unconditional modules.
         context: makes the context of the module's forward pass (the trainer's precision).
+        text: `n` prompts, which `sample` gets as `cond` instead of the labels.
 
     Yields:
         This rank's chunks.
@@ -103,12 +117,14 @@ def generate(
         chunk = min(mine, len(starts) - 1)
         index = torch.arange(starts[chunk], min(starts[chunk] + CHUNK, n))
         label = None if labels is None else labels[index].to(pl_module.device)
+        prompts = None if text is None else text[starts[chunk] : starts[chunk] + CHUNK]
         generator = torch.Generator(pl_module.device).manual_seed(chunk_seed(seed, chunk))
         with _evaluating(pl_module, pl_module.device), context():
-            data = pl_module.sample(len(index), steps=steps, cond=label, generator=generator)
+            cond = label if text is None else prompts
+            data = pl_module.sample(len(index), steps=steps, cond=cond, generator=generator)
         if mine == chunk:
             data = data.clamp(-1, 1) if data.ndim >= 4 else data
-            yield Generated(index.to(data.device), data, label, int(pl_module.nfe))
+            yield Generated(index.to(data.device), data, label, int(pl_module.nfe), prompts)
 
 
 class EvaluationCallback(Callback):
@@ -206,6 +222,7 @@ class GenerationMetrics(EvaluationCallback):
         n: int = 1500,
         every_n_validations: int = 1,
         seed: int = 0,
+        prompts: Literal["train", "val", "test", "all"] = "test",
     ):
         """Sets what is drawn and by what it is scored.
 
@@ -215,6 +232,7 @@ class GenerationMetrics(EvaluationCallback):
             n: samples of each set, at least 2.
             every_n_validations: 0 = only after training, in `validate` and `test`.
             seed: of the samples' noise; independent of the run's seed.
+            prompts: split whose captions are the prompts, for a module that takes text and data that have it.
 
         Raises:
             UserError: for `n < 2`, no steps or a step number below 1.
@@ -224,7 +242,7 @@ class GenerationMetrics(EvaluationCallback):
             raise UserError(f"n: {n} samples given, expected at least 2")
         if not steps or min(steps) < 1:
             raise UserError(f"steps: {steps} given, expected a list of numbers of at least 1")
-        self.metrics, self.steps, self.n, self.seed = metrics, steps, n, seed
+        self.metrics, self.steps, self.n, self.seed, self.prompts = metrics, steps, n, seed, prompts
 
     @cached_property
     def state_key(self) -> str:
@@ -249,14 +267,14 @@ class GenerationMetrics(EvaluationCallback):
         Raises:
             UserError: if two metrics have the same name.
         """
-        labels = balanced_labels(self.n, pl_module.num_classes)
+        labels, text = asked_for(trainer, pl_module, self.n, self.prompts)
         values: dict[str, float] = {}
         for steps in self.steps:
             for metric in self.metrics:
                 metric.reset(pl_module.device)
             nfe = 0
             for samples in generate(
-                pl_module, self.n, steps, self.seed, labels, trainer.precision_plugin.forward_context
+                pl_module, self.n, steps, self.seed, labels, trainer.precision_plugin.forward_context, text
             ):
                 nfe = max(nfe, samples.nfe)
                 for metric in self.metrics:
