@@ -63,8 +63,15 @@ def schedule(
         raise UserError(f"steps: found K={k}, expected 1 to {k_max}, the steps of the fine grid")
     if uniform:
         return uniform_indices(k, k_max)
+    return search(checkpoint, k_max=k_max, n=n, seed=seed, device=device).path(k)
+
+
+def search(
+    checkpoint: Path | str, *, k_max: int = 100, n: int = 100, seed: int = 0, device: torch.device | str = "cpu"
+) -> Schedules:
+    """The best schedules of a checkpoint; see `schedule`."""
     module = model_from_checkpoint(Path(checkpoint)).to(device)
-    return costs_of(module, k_max=k_max, n=n, seed=seed, folder=folder_of(checkpoint)).path(k)
+    return schedules_of(module, k_max=k_max, n=n, seed=seed, folder=folder_of(checkpoint))
 
 
 def folder_of(checkpoint: Path | str) -> Path:
@@ -87,7 +94,7 @@ def sampling_grid(
     Raises:
         UserError: the module is no flow, or its solver chooses its own steps.
     """
-    found = costs_of(module, k_max=steps.k_max, guidance=guidance, folder=folder)
+    found = schedules_of(module, k_max=steps.k_max, guidance=guidance, folder=folder)
     return fine_grid(module, steps.k_max)[found.path(steps.k)]
 
 
@@ -97,7 +104,7 @@ def fine_grid(module: "FlowModule", k_max: int) -> Tensor:
     return karras(k_max, path, path.sigma_max, path.sigma_min) if isinstance(path, EDM) else uniform(k_max)
 
 
-def costs_of(
+def schedules_of(
     module: "FlowModule",
     *,
     k_max: int = 100,

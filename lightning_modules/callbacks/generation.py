@@ -18,6 +18,7 @@ from torch import Tensor
 from penstock.lightning_modules.callbacks.features import FeatureExtractor
 from penstock.lightning_modules.callbacks.ranks import broadcast, largest, rank_and_world
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.steps import parse_steps
 
 CHUNK = 250
 
@@ -69,6 +70,16 @@ def chunk_seed(seed: int, chunk: int) -> int:
     return int(np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def check_steps(pl_module: pl.LightningModule, steps: int | str) -> None:
+    """Refuses `bellman:K` for a module that can't look for its best steps.
+
+    Raises:
+        UserError: the module is no flow.
+    """
+    if not isinstance(parse_steps(steps), int) and not hasattr(pl_module, "grid_of"):
+        raise UserError(f"steps={steps}: {type(pl_module).__name__} has no velocity to search; expected a flow")
+
+
 @contextmanager
 def _evaluating(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
     training = [child for child in module.modules() if child.training]
@@ -85,7 +96,7 @@ def _evaluating(module: torch.nn.Module, device: torch.device) -> Iterator[None]
 def generate(
     pl_module: pl.LightningModule,
     n: int,
-    steps: int,
+    steps: int | str,
     seed: int,
     labels: Tensor | None = None,
     context: Callable[[], AbstractContextManager] = nullcontext,
@@ -101,7 +112,7 @@ def generate(
     Args:
         pl_module: offers `sample(n, steps=, cond=, generator=)`, `nfe` and `device`.
         n: number of samples of the whole set, at least 1.
-        steps: solver steps, passed to `sample`.
+        steps: solver steps or a word for them (`bellman:4`), passed to `sample`.
         seed: non-negative.
         labels: `(n,)` int64 class of each sample; None for unconditional modules.
         context: makes the context of the module's forward pass (the trainer's precision).
@@ -211,14 +222,14 @@ class GenerationMetric(Protocol):
 class GenerationMetrics(EvaluationCallback):
     """Draws class-balanced samples once for each number of steps and lets every metric score the same samples.
 
-    Logs `<metric>/<nfe>`, nfe being the network calls per sample that the module reports. The values are the same for
-    any number of ranks.
+    Logs `<metric>/<nfe>`, nfe being the network calls per sample that the module reports, and `<metric>/bellman-<nfe>`
+    where the module looked for the best steps. The values are the same for any number of ranks.
     """
 
     def __init__(
         self,
         metrics: list[GenerationMetric],
-        steps: list[int],
+        steps: list[int | str],
         n: int = 1500,
         every_n_validations: int = 1,
         seed: int = 0,
@@ -228,20 +239,22 @@ class GenerationMetrics(EvaluationCallback):
 
         Args:
             metrics: `FrechetDistance`, `LabelAccuracy` or any class with their methods.
-            steps: numbers of solver steps, each at least 1.
+            steps: numbers of solver steps, each at least 1, or `bellman:K`.
             n: samples of each set, at least 2.
             every_n_validations: 0 = only after training, in `validate` and `test`.
             seed: of the samples' noise; independent of the run's seed.
             prompts: split whose captions are the prompts, for a module that takes text and data that have it.
 
         Raises:
-            UserError: for `n < 2`, no steps or a step number below 1.
+            UserError: for `n < 2`, no steps, or steps that are neither a number of at least 1 nor `bellman:K`.
         """
         super().__init__(every_n_validations)
         if n < 2:
             raise UserError(f"n: {n} samples given, expected at least 2")
-        if not steps or min(steps) < 1:
+        if not steps:
             raise UserError(f"steps: {steps} given, expected a list of numbers of at least 1")
+        for number in steps:
+            parse_steps(number)
         self.metrics, self.steps, self.n, self.seed, self.prompts = metrics, steps, n, seed, prompts
 
     @cached_property
@@ -258,6 +271,8 @@ class GenerationMetrics(EvaluationCallback):
         super().setup(trainer, pl_module, stage)
         if getattr(trainer, "datamodule", None) is None:
             raise UserError(f"{type(self).__name__}: the run has no DataModule, expected one to compare samples with")
+        for number in self.steps:
+            check_steps(pl_module, number)
         for metric in self.metrics:
             metric.check(trainer, pl_module)
 
@@ -279,7 +294,7 @@ class GenerationMetrics(EvaluationCallback):
                 nfe = max(nfe, samples.nfe)
                 for metric in self.metrics:
                     metric.update(samples)
-            nfe = largest(nfe)
+            nfe = f"{'' if isinstance(parse_steps(steps), int) else 'bellman-'}{largest(nfe)}"
             for metric in self.metrics:
                 for name, value in broadcast(metric.compute(trainer)).items():
                     if f"{name}/{nfe}" in values:

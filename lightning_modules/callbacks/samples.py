@@ -1,21 +1,20 @@
 """Pictures of samples, drawn from the same noise every time."""
 
 from functools import cached_property
-from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from penstock.lightning_modules.callbacks.generation import EvaluationCallback, generate
+from penstock.lightning_modules.callbacks.generation import EvaluationCallback, check_steps, generate
+from penstock.lightning_modules.callbacks.pictures import keep_picture, rendered
 from penstock.lightning_modules.callbacks.ranks import gather_rows
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.steps import parse_steps
 
 TILE = 64
 
@@ -28,13 +27,15 @@ class SampleGrid(EvaluationCallback):
     is `samples/test.png`, after `validate` `samples/validate.png`.
     """
 
-    def __init__(self, rows: int = 8, cols: int = 10, steps: int = 20, every_n_validations: int = 1, seed: int = 0):
+    def __init__(
+        self, rows: int = 8, cols: int = 10, steps: int | str = 20, every_n_validations: int = 1, seed: int = 0
+    ):
         """Sets what is drawn.
 
         Args:
             rows: of the grid.
             cols: of the grid; column `c` holds class `c % num_classes` of a conditional module.
-            steps: solver steps.
+            steps: solver steps, a number or `bellman:K`.
             every_n_validations: 0 = only after `validate` and `test`.
             seed: of the noise.
 
@@ -42,15 +43,21 @@ class SampleGrid(EvaluationCallback):
             UserError: for rows, cols or steps below 1.
         """
         super().__init__(every_n_validations)
-        for name, value in {"rows": rows, "cols": cols, "steps": steps}.items():
+        for name, value in {"rows": rows, "cols": cols}.items():
             if value < 1:
                 raise UserError(f"{name}: {value} given, expected at least 1")
+        parse_steps(steps)
         self.rows, self.cols, self.steps, self.seed = rows, cols, steps, seed
 
     @cached_property
     def state_key(self) -> str:
         """Differs between two of these in one run."""
         return self._generate_state_key(rows=self.rows, cols=self.cols, steps=self.steps, seed=self.seed)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses steps that the module can't take."""
+        super().setup(trainer, pl_module, stage)
+        check_steps(pl_module, self.steps)
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws on all ranks; rank 0 writes."""
@@ -66,10 +73,7 @@ class SampleGrid(EvaluationCallback):
         picture = draw(rows[1], self.cols, labels)
         names = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "validate"}
         name = names.get(trainer.state.fn, f"step_{trainer.global_step:06d}")
-        folder = Path(trainer.default_root_dir, "samples")
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{name}.png")
-        _send(trainer, picture)
+        keep_picture(trainer, picture, name, "samples")
 
 
 def draw(samples: Tensor, cols: int, labels: Tensor | None) -> Image.Image:
@@ -99,19 +103,8 @@ def draw(samples: Tensor, cols: int, labels: Tensor | None) -> Image.Image:
 
 def _scatter(points: Tensor, labels: Tensor | None) -> Image.Image:
     figure = Figure(figsize=(5, 5), dpi=100)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     x, y = points.numpy().T
     axes.scatter(x, y, s=4, c=None if labels is None else labels.numpy(), cmap=None if labels is None else "tab10")
     axes.set_aspect("equal", adjustable="datalim")
-    figure.tight_layout()
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-def _send(trainer: pl.Trainer, picture: Image.Image) -> None:
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image("samples", [picture], step=trainer.global_step)
-        elif hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image("samples", np.asarray(picture), trainer.global_step, dataformats="HWC")
+    return rendered(figure)

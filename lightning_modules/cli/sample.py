@@ -13,8 +13,9 @@ from penstock.lightning_modules.cli.compose import nest_init_args
 from penstock.lightning_modules.cli.conf import options as conf_options
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.steps import Bellman, parse_steps
 
-OWN = {"ckpt_path": str, "n": int, "steps": int, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
+OWN = {"ckpt_path": str, "n": int, "steps": str, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
 OWN |= {"solver": str}
 
 
@@ -66,12 +67,14 @@ def run_sample(words: list[str]) -> int:
     options = {key: _typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
     if "out" in options and Path(options["out"]).is_file():
         raise UserError(f"out={options['out']}: a file; expected a folder, new or old")
-    for key, default in (("n", 64), ("steps", 20), ("batch", 256)):
+    asked = parse_steps(options["steps"]) if "steps" in options else None
+    for key, default in (("n", 64), ("batch", 256)):
         if options.setdefault(key, default) < 1:
             raise UserError(f"{key}={options[key]}: expected a whole number of 1 or more")
 
     import torch
 
+    from penstock.lightning_modules.bellman import folder_of, sampling_grid
     from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
 
     try:
@@ -98,18 +101,24 @@ def run_sample(words: list[str]) -> int:
     cond = _labels(options.get("labels"), options["n"], model, device)
     generator = torch.Generator(device).manual_seed(options.get("seed", 0))
 
+    steps = options.get("steps", str(getattr(model, "default_steps", 20)))
+    if isinstance(asked, Bellman):
+        sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
+    else:
+        steps = int(steps)
+
     parts, start = [], time.perf_counter()
     with torch.inference_mode():
         for first in range(0, options["n"], options["batch"]):
             size = min(options["batch"], options["n"] - first)
             part = None if cond is None else cond[first : first + size]
-            parts.append(model.sample(size, steps=options["steps"], cond=part, generator=generator, **extra).cpu())
+            parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
     seconds = time.perf_counter() - start
     samples = torch.cat(parts)
     run = run_of_checkpoint(str(path))
-    out = Path(options.get("out") or (run or Path(".")) / "samples" / f"sample_{options['steps']}_steps")
+    out = Path(options.get("out") or (run or Path(".")) / "samples" / f"sample_{re.sub('[:/]', '_', str(steps))}_steps")
     write_samples(samples, cond, out)
-    report = {"n": options["n"], "steps": options["steps"], "network_calls": model.nfe, "device": str(device)}
+    report = {"n": options["n"], "steps": steps, "network_calls": model.nfe, "device": str(device)}
     report |= {"seconds_per_sample": seconds / options["n"], "checkpoint": str(path), "seed": options.get("seed", 0)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     each = f"{model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}"

@@ -107,10 +107,12 @@ class Schedules:
     `V(i, 1) = c[i, K_max]`, `V(i, k) = min_{i<j<K_max} c[i, j] + V(j, k - 1)`; among equals the smallest j.
 
     Attributes:
+        costs: the cost matrix.
         value: `(K_max, K_max)`, `value[k - 1, i] = V(i, k)`, infinite where fewer than k nodes follow i.
         choice: int64, same shape: the j that attains it.
     """
 
+    costs: Tensor
     value: Tensor
     choice: Tensor
 
@@ -146,7 +148,7 @@ def schedules(costs: Tensor) -> Schedules:
         total = steps + value[-1]
         choice.append(total.argmin(1))
         value.append(total.gather(1, choice[-1][:, None])[:, 0])
-    return Schedules(torch.stack(value), torch.stack(choice))
+    return Schedules(costs, torch.stack(value), torch.stack(choice))
 
 
 def path_cost(costs: Tensor, indices: list[int]) -> float:
