@@ -9,6 +9,7 @@ from torch import Tensor
 from penstock.datamodules.base import Split
 from penstock.datamodules.image_text import ImageText, Prompts
 from penstock.datamodules.pairs import Pairs, PairStore
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.pairs import PairMaker
 from penstock.lightning_modules.prompted_pairs import PromptedMaker
 
@@ -22,6 +23,8 @@ class PromptedPairs(Pairs):
     real: ImageText
 
     def build(self) -> tuple[Any, dict[str, np.ndarray]]:
+        if not isinstance(self.real, ImageText):
+            raise UserError(f"data.real: found {type(self.real).__name__}, expected ImageText, which has the prompts")
         store, numbers = super().build()
         return (_Texted(store, self.real.texts) if isinstance(store, PairStore) else store), numbers
 
