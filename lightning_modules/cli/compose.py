@@ -128,10 +128,10 @@ def compose(words: list[str], teacher: Callable[[str], str] = str) -> tuple[dict
         with initialize_config_dir(str(main), version_base="1.3"):
             config = hydra_compose("config", overrides, return_hydra_config=True)
             choices = OmegaConf.to_container(config.hydra.runtime.choices)
-            with_hydra = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
-            if with_hydra.teacher is not None:
-                with_hydra.teacher = teacher(str(with_hydra.teacher))
-            tree = OmegaConf.to_container(with_hydra, resolve=True, throw_on_missing=True)
+        own_keys = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
+        if own_keys.teacher is not None:
+            own_keys.teacher = teacher(str(own_keys.teacher))
+        tree = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(refusal(error, "configuration", dict(zip(overrides, words)))) from error
     return _finish(tree), choices.get("experiment") or f"{choices['model']}-{choices['data']}"
