@@ -42,9 +42,11 @@ class FlowModule(LightningModule):
 
     Attributes:
         default_steps: Steps of `sample` where nothing else is asked for.
+        predict_steps: Steps of `predict_step`.
     """
 
     default_steps: int = 20
+    predict_steps: int = 100
 
     def __init__(
         self,
@@ -271,5 +273,5 @@ class FlowModule(LightningModule):
         draws = Draws(run_seed(), 0, batch["index"])
         x0 = batch["source"] if "source" in batch else draws.normal("predict", self.net.shape) * self.path.source_std
         cond = self.condition(batch)
-        result = {"index": batch["index"], self.key: self.decode(x0, steps=100, cond=cond)}
+        result = {"index": batch["index"], self.key: self.decode(x0, steps=self.predict_steps, cond=cond)}
         return result | ({"label": cond} if cond is not None else {}) | {k: batch[k] for k in ("source",) if k in batch}

@@ -23,3 +23,34 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def make_teacher(tmp_path_factory):
+    """Makes checkpoints of small flows with random weights, as a run would have written them."""
+    import yaml
+
+    from penstock.lightning_modules.build import build
+    from penstock.lightning_modules.cli.compose import compose
+
+    def make(*words, seed=0):
+        run = tmp_path_factory.mktemp("teacher")
+        tree = compose(["experiment=rectified_flow_digits", "model.net.width=8", "model.net.blocks=1", *words])[0]
+        (model,) = build(tree, "model")
+        generator = torch.Generator().manual_seed(seed)
+        state = {k: 0.1 * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
+        config = yaml.safe_dump({"model": tree["model"], "data": tree["data"]})
+        raw = {k: v + 1 for k, v in state.items()}
+        checkpoint = {"state_dict": state, "current_model_state": raw, "config": config}
+        (run / "checkpoints").mkdir()
+        torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+        (run / "config.yaml").write_text(config)
+        return run / "checkpoints" / "last.ckpt"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher):
+    """One of these, shared: nobody writes into its folder."""
+    return make_teacher()

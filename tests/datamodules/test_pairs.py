@@ -1,0 +1,137 @@
+"""The DataModule of a teacher's pairs: what batches hold, splits, reference, workers, online, refusals."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from penstock.datamodules.digits import Digits
+from penstock.datamodules.pairs import Pairs
+from penstock.kernels.philox import Draws
+from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.errors import UserError
+
+SMALL = {"n": 60, "steps": 2, "pairs_batch": 10, "shard": 20, "batch_size": 8, "val_fraction": 0.2}
+
+
+def ready(teacher, folder=None, **options):
+    options = SMALL | options
+    data = Pairs(Digits(), None if teacher is None else str(teacher), folder=folder and str(folder), **options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def data(teacher):
+    return ready(teacher)
+
+
+def test_batches_hold_pairs(data, teacher):
+    model = model_from_checkpoint(teacher)
+    batch = next(iter(data.train_dataloader()))
+    assert {k: tuple(v.shape) for k, v in batch.items()} == {
+        "source": (8, 1, 8, 8),
+        "image": (8, 1, 8, 8),
+        "label": (8,),
+        "index": (8,),
+    }
+    assert torch.equal(batch["source"], Draws(0, 0, batch["index"]).normal("pairs", (1, 8, 8)))
+    with torch.no_grad():
+        expected = model.decode(batch["source"], steps=2, cond=batch["label"])
+    torch.testing.assert_close(batch["image"], expected)
+
+
+def test_every_pair_is_in_one_split(data):
+    train, val = (set(data.numbers[split].tolist()) for split in ("train", "val"))
+    assert len(train) == 48
+    assert train | val == set(range(60))
+    assert not train & val
+    seen = torch.cat([batch["index"] for batch in data.val_dataloader()])
+    assert set(seen.tolist()) == val
+    assert len(data.test_dataloader()) == len(data.val_dataloader())
+
+
+def test_metrics_see_real_images(data):
+    real = Digits()
+    real.setup()
+    for split in ("train", "all"):
+        ours = torch.cat([b["image"] for b in data.reference_dataloader(split)])
+        theirs = torch.cat([b["image"] for b in real.reference_dataloader(split)])
+        assert torch.equal(ours, theirs)
+    assert (data.shape, data.num_classes, data.levels) == (real.shape, real.num_classes, real.levels)
+    assert data.fingerprint != real.fingerprint
+
+
+def test_workers_read_the_same(data, teacher):
+    one, two = data.train_dataloader(), ready(teacher, num_workers=2).train_dataloader()
+    for a, b in zip(one, two, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_folder_without_its_teacher(teacher, tmp_path):
+    made = ready(teacher, tmp_path / "p")
+    read = ready(None, tmp_path / "p", n=40)
+    assert torch.equal(
+        read.store.fetch(made.numbers["train"][:3])["image"], made.store.fetch(made.numbers["train"][:3])["image"]
+    )
+    assert sum(map(len, read.numbers.values())) == 40
+    (tmp_path / "p" / "shard_000001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard_000001.safetensors is missing; finish them with penstock pairs"):
+        ready(None, tmp_path / "p")
+
+
+def test_a_shard_cut_short_is_named(teacher, tmp_path):
+    ready(teacher, tmp_path / "p")
+    path = tmp_path / "p" / "shard_000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"shard_000002.safetensors': \d+ bytes, expected \d+"):
+        ready(teacher, tmp_path / "p")
+    path.write_bytes(b"none")
+    with pytest.raises(UserError, match=r"shard_000002.safetensors': not a shard"):
+        ready(None, tmp_path / "p")
+
+
+def test_no_folder_and_no_teacher(tmp_path):
+    with pytest.raises(UserError, match=r"data.teacher: found none"):
+        Pairs(Digits())
+    with pytest.raises(UserError, match=r"no pairs.json there"):
+        ready(None, tmp_path)
+
+
+def test_a_teacher_of_another_shape(make_teacher):
+    with pytest.raises(UserError, match=r"makes samples \(1, 16, 16\), expected \(1, 8, 8\)"):
+        ready(make_teacher("shape=[1,16,16]"))
+
+
+def online(teacher, *, training=True, epoch=0):
+    data = Pairs(Digits(), str(teacher), online=True, **SMALL)
+    data.trainer = SimpleNamespace(
+        training=training,
+        current_epoch=epoch,
+        overfit_batches=0,
+        distributed_sampler_kwargs=None,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    data.setup()
+    return data
+
+
+def test_online_pairs_are_new_in_every_epoch_and_store_nothing(make_teacher):
+    teacher = make_teacher(seed=2)
+    model, seen = model_from_checkpoint(teacher), []
+    for epoch in (0, 1, 1):
+        data = online(teacher, epoch=epoch)
+        batch = data.on_after_batch_transfer({"index": torch.arange(7)}, 0)
+        assert torch.equal(batch["source"], Draws(0, epoch, batch["index"]).normal("pairs", (1, 8, 8)))
+        with torch.no_grad():
+            torch.testing.assert_close(batch["image"], model.decode(batch["source"], steps=2, cond=batch["label"]))
+        seen.append(batch["source"])
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+    fixed = [
+        online(teacher, training=False, epoch=e).on_after_batch_transfer({"index": torch.arange(7)}, 0) for e in (0, 5)
+    ]
+    assert torch.equal(fixed[0]["image"], fixed[1]["image"])
+    assert not (teacher.parents[1] / "pairs").exists()
+    assert next(iter(online(teacher).train_dataloader()))["index"].shape == (8,)
