@@ -10,6 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from penstock.lightning_modules.flow.losses import Reduction, squared_error
+from penstock.lightning_modules.flow.paths import expand
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 COLUMNS = 4096  # of the rows that are turned into float64 at once
 
@@ -165,3 +168,19 @@ def uniform_indices(k: int, k_max: int) -> list[int]:
     if not 1 <= k <= k_max:
         raise ValueError(f"K={k} steps out of a fine grid of K_max={k_max}: expected 1 to {k_max}")
     return [round(r * k_max / k) for r in range(k + 1)]
+
+
+def straightening_loss(
+    velocity: Velocity, x: Tensor, y: Tensor, t: Tensor, s: Tensor, reduction: Reduction = "mean"
+) -> Tensor:
+    """`|v(x, t) - (y - x) / (s - t)|^2` of each sample `(B,)` (eq. 9, one segment of a teacher's trajectory a sample).
+
+    Args:
+        velocity: function of states `(B, ...)` and times `(B,)`.
+        x: the teacher's states at `t`, `(B, ...)`.
+        y: its states at `s`, shape of `x`.
+        t: starts of the segments `(B,)`.
+        s: their ends `(B,)`, other than `t`.
+        reduction: over a sample's dimensions, see `losses.squared_error`.
+    """
+    return squared_error(velocity(x, t), (y - x) / expand(s - t, x), reduction)
