@@ -18,6 +18,7 @@ from penstock.lightning_modules.flow_module import FlowModule
 from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
 from penstock.lightning_modules.nets.text_encoder import HashedText, TextEncoder
 from penstock.lightning_modules.seeds import run_seed
+from penstock.lightning_modules.steps import parse_steps
 
 Condition = Tensor | Sequence[str]
 
@@ -161,7 +162,7 @@ class InstaFlow(FlowModule):
         self,
         n: int,
         *,
-        steps: int = 1,
+        steps: int | str | None = None,
         grid: Tensor | None = None,
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
@@ -173,7 +174,7 @@ class InstaFlow(FlowModule):
 
         Args:
             n: How many.
-            steps: Steps N of the solver.
+            steps: Steps N of the solver, or `bellman:N`; None is `default_steps`.
             grid: Times from 0 to 1 to step through instead.
             cond: Prompt of each sample: texts, int64 numbers of `prompts`, or features `(n, L, E)`; None is no prompt.
             generator: Source of the starting noise, on the module's device.
@@ -189,8 +190,11 @@ class InstaFlow(FlowModule):
             raise UserError(f"sample: {len(cond)} prompts given for {n} samples, expected one each")
         x0 = torch.randn(n, *self.net.shape, generator=generator, device=self.device)
         scale = self.guidance if guidance is None else guidance
+        number = parse_steps(self.default_steps if steps is None else steps)
+        grid = self.grid_of(number, scale) if grid is None else grid
+        equal = number if isinstance(number, int) else number.k
         options = {"grid": grid, "cond": cond, "generator": generator, "guidance": scale, "negative": negative}
-        return self.autoencoder.decode(self.integrate(x0, steps, **options).x)
+        return self.autoencoder.decode(self.integrate(x0, equal, **options).x)
 
     def integrate(
         self,
