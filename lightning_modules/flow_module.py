@@ -181,9 +181,11 @@ class FlowModule(LightningModule):
         """The times to step through, or None for equal steps; a search for the best ones is kept in memory."""
         return sampling_grid(self, steps, guidance) if isinstance(steps, Bellman) else None
 
-    def encode(self, x1: Tensor, *, steps: int = 20, cond: Tensor | None = None) -> Tensor:
+    def encode(
+        self, x1: Tensor, *, steps: int = 20, cond: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Carries data `(B, ...)` at t = 1 back to the source at t = 0 (translation from data to source)."""
-        return self.integrate(x1, steps, cond=cond, reverse=True).x
+        return self.integrate(x1, steps, cond=cond, generator=generator, reverse=True).x
 
     def integrate(
         self,
@@ -201,7 +203,8 @@ class FlowModule(LightningModule):
         """Follows the flow of `x` `(B, ...)` from t = 0 to 1, or back where `reverse`.
 
         On the straight line Euler, Heun and midpoint step through [0, 1] while the network sees times in [eps, 1), as
-        the official sampler does; every other pair of path and solver keeps inside the path's range.
+        the official sampler does; a solver with ends of its own gets the whole grid; every other pair of path and
+        solver keeps inside the path's range.
 
         Args:
             x: States at t = 0 (at t = 1 where `reverse`).
@@ -217,7 +220,9 @@ class FlowModule(LightningModule):
         solver = solver or self.solver
         velocity: Velocity
         velocity = guided = Guided(self.net, cond, guidance if cond is not None else 1.0)
-        if isinstance(self.path, Linear) and isinstance(solver, Euler | Heun | Midpoint):
+        if solver.own_ends:
+            grid = uniform(steps) if grid is None else grid
+        elif isinstance(self.path, Linear) and isinstance(solver, Euler | Heun | Midpoint):
             velocity, grid = compressed(guided, self.eps), uniform(steps) if grid is None else grid
         else:
             low, high = max(self.path.t_range[0], self.eps), self.path.t_range[1]

@@ -44,9 +44,11 @@ class Solver(ABC):
 
     Attributes:
         needs_path: uses that x is a noisy state on the path; otherwise the method solves any ODE.
+        own_ends: keeps its own distance from t = 0 and t = 1, so that it is given the whole grid from 0 to 1.
     """
 
     needs_path: ClassVar[bool] = False
+    own_ends: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(

@@ -1,4 +1,4 @@
-"""The residual block that both networks of EDM are made of (arXiv 2206.00364 appendix F.4), under its official names."""
+"""The residual block of both networks of EDM (arXiv 2206.00364 appendix F.4), under its official names."""
 
 from dataclasses import dataclass
 from typing import Literal

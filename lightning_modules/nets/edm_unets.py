@@ -48,7 +48,7 @@ class _EDMUNet(nn.Module):
         check_image_shape(shape, 2 ** (len(mult) - 1), f"{len(mult)} levels")
         if width < 4 or width % 4:
             raise ValueError(f"width must be a positive multiple of 4, got {width}")
-        self.shape, self.num_classes, self.width = shape, num_classes, width
+        self.shape, self.num_classes, self.width, self.mult = shape, num_classes, width, mult
         emb, sizes = 4 * width, [(shape[1] >> level, shape[2] >> level) for level in range(len(mult))]
 
         def block(inputs: int, outputs: int, **options) -> UNetBlock:
@@ -170,7 +170,7 @@ class SongUNet(_EDMUNet):
         if augment_dim:
             self.map_augment = nn.Linear(augment_dim, 2 * width, bias=False)
         self.map_layer0, self.map_layer1 = nn.Linear(2 * width, 4 * width), nn.Linear(4 * width, 4 * width)
-        outputs, name = width * tuple(mult)[0], f"{self.shape[1]}x{self.shape[2]}"
+        outputs, name = width * self.mult[0], f"{self.shape[1]}x{self.shape[2]}"
         self.dec[f"{name}_aux_norm"] = group_norm(outputs, SONG.eps)
         self.dec[f"{name}_aux_conv"] = nn.Conv2d(outputs, self.shape[0], 3, padding=1)
         self.head = f"{name}_aux_norm", f"{name}_aux_conv"
@@ -223,7 +223,7 @@ class DhariwalUNet(_EDMUNet):
         dropout: float = 0.0,
     ):
         super().__init__(shape, width, mult, blocks, attention, num_classes, dropout, ADM, residual=False)
-        emb, outputs = 4 * width, width * tuple(mult)[0]
+        emb, outputs = 4 * width, width * self.mult[0]
         self.map_layer0, self.map_layer1 = nn.Linear(width, emb), nn.Linear(emb, emb)
         if num_classes:
             self.map_label = nn.Linear(num_classes, emb, bias=False)
