@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +220,8 @@ def write_costs(path: Path, costs: Tensor, identity: dict[str, str]) -> None:
         os.replace(part, path)
     except OSError as error:
         rank_zero_warn(f"{path}: can't be written ({error.strerror}); the search will be repeated next time")
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def read_costs(path: Path, identity: dict[str, str]) -> Tensor:
