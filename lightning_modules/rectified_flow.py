@@ -60,6 +60,11 @@ class RectifiedFlow(FlowModule):
         self.loss = loss or SquaredError()
         self.condition_dropout = condition_dropout
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "predict":
+            self.loss.prepare()
+
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped conditions come from `draws`."""
         x1 = batch[self.key]

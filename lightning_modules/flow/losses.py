@@ -56,6 +56,10 @@ class Regression(NamedTuple):
 class FlowLoss(ABC):
     """What a predicted velocity costs. Not a module: networks that judge are frozen and stay out of checkpoints."""
 
+    def prepare(self) -> None:
+        """Loads what the loss needs, before the first batch. Raises `UserError` where a file is missing or wrong."""
+        return None
+
     @abstractmethod
     def __call__(self, r: Regression) -> Tensor:
         """Loss of each sample `(B,)`, 0 where the prediction is the target."""
