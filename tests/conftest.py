@@ -33,9 +33,11 @@ def make_teacher(tmp_path_factory):
     from penstock.lightning_modules.build import build
     from penstock.lightning_modules.cli.compose import compose
 
-    def make(*words, seed=0):
+    small = {"rectified_flow_digits": ["model.net.width=8", "model.net.blocks=1"]}
+
+    def make(*words, experiment="rectified_flow_digits", seed=0):
         run = tmp_path_factory.mktemp("teacher")
-        tree = compose(["experiment=rectified_flow_digits", "model.net.width=8", "model.net.blocks=1", *words])[0]
+        tree = compose([f"experiment={experiment}", *small.get(experiment, []), *words])[0]
         (model,) = build(tree, "model")
         generator = torch.Generator().manual_seed(seed)
         state = {k: 0.1 * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,55 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def calls(run: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Metrics that a run has for several numbers of network calls: name -> [(calls, value)], `fd_pixels/4` and so on.
+
+    `fd_pixels/bellman-4` belongs to a line of its own, `fd_pixels (bellman)`.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for key, value in run["metrics"].items():
+        if match := re.fullmatch(r"(.+)/(bellman-)?(\d+)", key):
+            lines.setdefault(match[1] + (" (bellman)" if match[2] else ""), []).append((int(match[3]), value))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def plot_calls(runs: list[dict[str, Any]], path: Path) -> bool:
+    """Quality against network calls per sample: a panel a metric, a line a run; False when no run has two points."""
+    lines = [(name, run["name"], points) for run in runs for name, points in calls(run).items()]
+    panels = list(dict.fromkeys(name.removesuffix(" (bellman)") for name, _, points in lines if len(points) > 1))
+    if not panels:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    colours = {run["name"]: f"C{i}" for i, run in enumerate(runs)}
+    for panel, axis in zip(panels, axes.flat):
+        for name, run, points in lines:
+            if name.removesuffix(" (bellman)") == panel:
+                searched = name != panel
+                label = f"{run}, bellman steps" if searched else run
+                style = {"linestyle": "--" if searched else "-", "marker": "x" if searched else "."}
+                axis.plot(*zip(*points), color=colours[run], label=label, **style)
+        axis.set(title=panel, xlabel="network calls per sample", xscale="log")
+        if min(value for name, _, points in lines if name.startswith(panel) for _, value in points) > 0:
+            axis.set_yscale("log")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
 def _has_curve(runs: list[dict[str, Any]], key: str) -> bool:
     return key != "epoch" and any(len(run["curves"].get(key, ())) > 1 for run in runs)
 
 
 def run_compare(words: list[str]) -> int:
-    """Prints the tables; writes `compare.md`, `compare.json` and `compare.png` into `out` (default `runs/compare`)."""
+    """Prints the tables; writes `compare.md`, `.json`, `.png` and `calls.png` into `out` (default `runs/compare`)."""
     out = Path(next((w.partition("=")[2] for w in words if w.startswith("out=")), "runs/compare"))
-    folders = [Path(w) for w in words if "=" not in w]
+    folders = [Path(w) for w in words if "=" not in w and Path(w).name != "multirun.yaml"]
     if unknown := [w for w in words if "=" in w and not w.startswith("out=")]:
         near = did_you_mean(unknown[0], ["out="])
         raise UserError(f"compare {unknown[0]}: expected run folders and out=FOLDER{near}")
@@ -123,9 +165,13 @@ def run_compare(words: list[str]) -> int:
     text += markdown(["metric", *names], metric_rows) + "\n"
     print(text)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.md").write_text(text + "\n![curves](compare.png)\n")
+    pictures = {"curves": "compare.png"} | (
+        {"quality and calls": "calls.png"} if plot_calls(runs, out / "calls.png") else {}
+    )
+    shown = "".join(f"\n![{title}]({name})\n" for title, name in pictures.items())
+    (out / "compare.md").write_text(text + shown)
     kept = [{key: run[key] for key in ("name", "config", "metrics")} for run in runs]
     (out / "compare.json").write_text(json.dumps(kept, indent=1))
     plot(runs, out / "compare.png")
-    print(f"written: {out}/compare.md, compare.json, compare.png")
+    print(f"written: {out}/compare.md, compare.json, {', '.join(pictures.values())}")
     return 0
