@@ -12,17 +12,20 @@ class LinearWarmup(LRScheduler):
     Args:
         optimizer: its learning rates are the base.
         warmup: updates until the base is reached; 0 = constant.
+        stop_short: stay at base * (warmup - 1) / warmup, one update short of the base, as the official loop of
+            arXiv 2405.20320 does.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup: int = 0):
+    def __init__(self, optimizer: Optimizer, warmup: int = 0, stop_short: bool = False):
         if warmup < 0:
             raise ValueError(f"warmup must not be negative, got {warmup}")
-        self.warmup = warmup
+        self.warmup, self.stop_short = warmup, stop_short
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
         """Learning rates of the next update, one for each parameter group."""
-        factor = min(self.last_epoch / self.warmup, 1.0) if self.warmup else 1.0
+        last = self.warmup - 1 if self.stop_short else self.warmup
+        factor = min(self.last_epoch, last) / self.warmup if self.warmup else 1.0
         return [base * factor for base in self.base_lrs]
 
 

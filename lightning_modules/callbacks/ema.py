@@ -21,8 +21,9 @@ from penstock.lightning_modules.errors import UserError
 class EMA(Callback):
     """Keeps `s <- d_n s + (1 - d_n) w` after the n-th optimiser step, n = 1, 2, ...
 
-    With warm-up `d_n = min(decay, (1 + n) / (10 + n))`, else `d_n = decay`; `s` starts from the first weights. Only
-    parameters that train are averaged; frozen ones and buffers are taken from the module as they are.
+    With warm-up `d_n = min(decay, (1 + n) / (10 + n))`, else `d_n = decay`; `s` starts from the first weights, and
+    until step `start` it is the weights (`d_n = 0`). Only parameters that train are averaged; frozen ones and buffers
+    are taken from the module as they are.
 
     The average stands in the module while it is validated or tested inside `fit`, from before any callback's
     `on_validation_epoch_start` until after every `on_validation_epoch_end`, and after `fit` ends. Whenever a checkpoint
@@ -37,17 +38,21 @@ class EMA(Callback):
     Args:
         decay: upper bound of `d_n`, in [0, 1).
         warmup: whether `d_n` grows from 2/11 at the first step.
+        start: optimiser steps after which averaging starts.
 
     Raises:
         UserError: decay outside [0, 1); a strategy that writes sharded folders, or a `ModelCheckpoint` that saves
             weights only: in both the average would be lost.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True):
+    def __init__(self, decay: float = 0.9999, warmup: bool = True, start: int = 0):
         if not 0 <= decay < 1:
             raise UserError(f"EMA: decay {decay}, expected a number in [0, 1)")
+        if start < 0:
+            raise UserError(f"EMA: start {start}, expected 0 or more")
         self.decay = decay
         self.warmup = warmup
+        self.start = start
         self.updates = 0
         self._step = 0
         self._swapped = False
@@ -96,6 +101,7 @@ class EMA(Callback):
         """One averaging step towards the present weights: a single fused call."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = 0.0 if self.updates <= self.start else decay
         torch._foreach_lerp_(self._shadow, self._weights, 1 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

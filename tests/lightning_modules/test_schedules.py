@@ -28,8 +28,14 @@ def test_linear_warmup_starts_at_zero():
     assert [b for _, b in found] == pytest.approx([0.1 * a for a, _ in found])
 
 
+def test_linear_warmup_that_stops_short():
+    found = [a for a, _ in rates(lambda o: LinearWarmup(o, 4, stop_short=True), 6)]
+    assert found == [0, 0.25, 0.5, 0.75, 0.75, 0.75]
+
+
 def test_no_warmup_is_constant():
     assert rates(LinearWarmup, 3) == [[1.0, 0.1]] * 3
+    assert rates(lambda o: LinearWarmup(o, stop_short=True), 3) == [[1.0, 0.1]] * 3
 
 
 def test_cosine_with_warmup():

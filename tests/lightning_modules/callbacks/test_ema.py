@@ -255,6 +255,8 @@ def test_bad_settings(tmp_path):
     for decay in (-0.1, 1.0):
         with pytest.raises(UserError, match=rf"EMA: decay {decay}, expected a number in \[0, 1\)"):
             EMA(decay)
+    with pytest.raises(UserError, match="EMA: start -1, expected 0 or more"):
+        EMA(start=-1)
     with pytest.raises(UserError, match=r"save_weights_only is true and would write raw weights, expected false"):
         trainer(tmp_path, EMA(), keep(tmp_path, save_weights_only=True)).fit(Module())
     stub = type("Stub", (), {"checkpoint_callbacks": ()})()
