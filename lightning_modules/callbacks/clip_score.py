@@ -58,7 +58,6 @@ class ClipScore:
         self._net.to(device)
         self._rows = []
 
-    @torch.no_grad()
     def update(self, samples: Generated) -> None:
         """Adds the cosines of a chunk."""
         parts = zip(samples.data.split(self.chunk), _split(samples.text, self.chunk))
@@ -75,6 +74,7 @@ class ClipScore:
         """None."""
         return {}
 
+    @torch.no_grad()
     def cosines(self, images: Tensor, texts: list[str]) -> Tensor:
         """`(b,)` float32 of images `(b, 1 or 3, H, W)` in [-1, 1] and their prompts."""
         pixels = (images.float().expand(-1, 3, -1, -1) / 2 + 0.5).clamp(0, 1)
