@@ -52,6 +52,10 @@ class _Anchored(_GridSolver):
         if not isinstance(path, Linear):
             raise ValueError(f"{type(self).__name__} steps along the straight line, not along {path}")
         times = check_grid(grid)
+        if self.update == "new" and self.margin < times[0] < times[-1]:
+            raise ValueError(
+                f"{type(self).__name__} anchors at the noise: start at t=0, not {times[0]:g}, or use default"
+            )
         if times[0] < min(times[-1], self.margin):
             times[0], x = self.margin, (1 - self.margin) * x
         elif times[0] > max(times[-1], 1 - self.inversion):

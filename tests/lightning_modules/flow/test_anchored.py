@@ -161,3 +161,5 @@ def test_errors_are_clear():
         EDMSampler()(velocity, z, uniform(2).flip(0))
     with pytest.raises(ValueError, match="must strictly ascend"):
         AnchoredEuler(margin=0.6)(velocity, z, uniform(2))
+    with pytest.raises(ValueError, match=r"anchors at the noise: start at t=0, not 0.5, or use default"):
+        AnchoredEuler()(velocity, z, uniform(2, 0.5, 1.0))
