@@ -1,8 +1,11 @@
 """The methods under the reliability tests: name -> words of a run of two epochs of four batches.
 
-A new method is covered by adding one line. The words must leave everything random switched on (dropout, dequantisation,
-couplings), a learning-rate schedule, and the average of the weights.
+A new method is covered by adding one line, and one with its teacher where it starts from a trained flow. The words must
+leave everything random switched on (dropout, dequantisation, couplings), a learning-rate schedule, and the average of
+the weights.
 """
+
+import teachers
 
 DIGITS = [
     "data=digits",
@@ -17,7 +20,19 @@ DIGITS = [
 POINTS = ["data.size=400", "data.batch_size=100", "model.net.width=16"]
 POINTS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.LinearWarmup, warmup: 3}"]
 
+PAIRS = ["data.n=100", "data.steps=2", "data.pairs_batch=20", "data.shard=40", "data.val_fraction=0.2"]
+PAIRS += ["data.batch_size=20", "data.eval_batch_size=40", "model.net.width=8", "model.net.dropout=0.2"]
+PAIRS += ["model.net.blocks=1", "callbacks.straightness=null"]
+PAIRS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.WarmupCosine, total: 8, warmup: 2}"]
+
+TEACHERS = {
+    "reflow_digits": ("rectified_flow_digits",),
+    "reflow_online": ("rectified_flow_digits",),
+}
+
 METHODS = {
+    "reflow_digits": ["experiment=reflow_digits", *PAIRS],
+    "reflow_online": ["experiment=reflow_digits", *PAIRS, "data.online=true"],
     "rectified_flow_digits": ["experiment=rectified_flow_digits", *DIGITS],
     "rectified_flow_points": ["experiment=rectified_flow_points", *POINTS],
     "rectified_flow_ot": [
@@ -47,4 +62,5 @@ COMMON = [
 
 def words(method: str) -> list[str]:
     """Everything behind `penstock fit` for a tiny run of `method`."""
-    return [*METHODS[method], *COMMON]
+    teacher = [f"teacher={teachers.shared(*TEACHERS[method])}"] if method in TEACHERS else []
+    return [*METHODS[method], *teacher, *COMMON]

@@ -8,6 +8,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
+import teachers
 from PIL import Image
 
 from penstock.lightning_modules.cli.compose import compose
@@ -19,6 +20,9 @@ SHORT = ["trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.limit_val_batc
 SHORT += ["logger=csv", "callbacks.metrics=null", "trainer.accelerator=cpu", "trainer.enable_model_summary=false"]
 TINY_UNET = ["net=unet", "model.net.width=4", "model.net.mult=[1,1]"]
 TINY_GRID = ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.samples.steps=1"]
+TINY_PAIRS = ["data.n=40", "data.steps=2", "data.pairs_batch=20", "data.shard=20", "data.batch_size=4"]
+TINY_PAIRS += ["data.val_fraction=0.2"]
+TINY_NET = {False: ["model.net.width=8", "model.net.blocks=1"], True: ["model.net.width=16"]}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,17 @@ def small(name, images):
     if kind == "Pair" and sides[0].endswith("Images"):
         folders = [f"data.{side}.data_dir={images}" for side in ("source", "target")]
         return [*TINY_UNET, *folders, "data.target.batch_size=2", "image_size=16"]
+    if kind == "Pairs" and "cifar10" in name:
+        if not CIFAR10.is_dir():
+            pytest.skip(f"no CIFAR-10 at {CIFAR10}")
+        teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET)
+        words = [f"teacher={teacher}", *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
+        return [*words, "data.real.memory_gb=0"]
+    if kind == "Pairs":
+        points = name.endswith("points")
+        teacher = teachers.shared(f"rectified_flow_{'points' if points else 'digits'}", *TINY_NET[points])
+        straight = ["callbacks.straightness.n=4"] if "straightness" in options("experiment")[name].read_text() else []
+        return [f"teacher={teacher}", *TINY_NET[points], *TINY_GRID, *TINY_PAIRS, *straight]
     if kind == "Digits":
         return ["model.net.width=8", *TINY_GRID]
     return TINY_GRID
