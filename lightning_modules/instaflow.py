@@ -106,6 +106,11 @@ class InstaFlow(FlowModule):
         except ValueError as error:
             raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "predict":
+            self.loss.prepare()
+
     def features(self, condition: Condition | None) -> Tensor | None:
         """Features `(B, L, E)` of prompts, of int64 numbers `(B,)` of `prompts`, or those given; None stays None.
 

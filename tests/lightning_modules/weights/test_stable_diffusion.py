@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.models import squeezenet1_1
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra text2image)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra text2image)")
@@ -174,7 +175,10 @@ def test_the_recipe_of_the_paper_end_to_end(folder, captioned, tmp_path, monkeyp
     ]
     second = fit("reflow_sd15", f"teacher={teacher}", *pairs)
     student = fit("instaflow_sd15", f"teacher={second}", *pairs)
-    assert set(load_checkpoint(student)["state_dict"]) == set(state)
+    torch.save(squeezenet1_1().state_dict(), tmp_path / "squeezenet.pth")
+    loss = ["model.loss.distance.net=squeeze", f"model.loss.distance.weights={tmp_path / 'squeezenet.pth'}"]
+    last = fit("instaflow_sd15_lpips", f"teacher={second}", f"model.initial={student}", *loss, *pairs)
+    assert set(load_checkpoint(last)["state_dict"]) == set(load_checkpoint(student)["state_dict"]) == set(state)
     manifest = next((tmp_path / "stable_diffusion_15" / "pairs").glob("*/pairs.json"))
     assert json.loads(manifest.read_text())["key"] == "latent"
     out = tmp_path / "out"
