@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from penstock.datamodules.digits import Digits
 from penstock.datamodules.pairs import Pairs
+from penstock.datamodules.real_pairs import RealPairs
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.solvers import Heun
 
 SMALL = {"n": 60, "steps": 2, "pairs_batch": 10, "shard": 20, "batch_size": 8, "val_fraction": 0.2}
 
@@ -135,3 +138,26 @@ def test_online_pairs_are_new_in_every_epoch_and_store_nothing(make_teacher):
     assert torch.equal(fixed[0]["image"], fixed[1]["image"])
     assert not (teacher.parents[1] / "pairs").exists()
     assert next(iter(online(teacher).train_dataloader()))["index"].shape == (8,)
+
+
+def test_real_pairs_are_training_images_and_their_codes(teacher, tmp_path):
+    real = Digits()
+    real.setup()
+    data = RealPairs(Digits(), str(teacher), folder=str(tmp_path), solver=Heun(), **{**SMALL, "n": 45})
+    data.setup()
+    rows = np.array([0, 7, 44])
+    batch = data.store.fetch(rows)
+    expected = real.finished(real.view("train").fetch(rows))
+    assert torch.equal(batch["image"], expected["image"])
+    assert torch.equal(batch["label"], expected["label"])
+    model = model_from_checkpoint(teacher)
+    with torch.no_grad():
+        code = model.integrate(batch["image"], 2, cond=batch["label"], solver=Heun(), reverse=True).x
+    torch.testing.assert_close(batch["source"], code, rtol=1e-4, atol=1e-4)
+    everything = RealPairs(Digits(), str(teacher), **{**SMALL, "n": 10**6, "pairs_batch": 500, "shard": 1000})
+    everything.setup()
+    assert sum(map(len, everything.numbers.values())) == len(real.numbers["train"])
+    with pytest.raises(UserError, match=r"data.keep: pairs of real data keep both ends"):
+        RealPairs(Digits(), str(teacher), keep=[0, 2], **SMALL).setup()
+    with pytest.raises(UserError, match=r"data.online"):
+        RealPairs(Digits(), str(teacher), online=True, **SMALL).setup()
