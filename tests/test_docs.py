@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def inside(place, monkeypatch):
 
 
 def judge(verb, words):
-    args, _ = plan(verb, words)
+    args, _ = plan(verb, words, run=False)
     with _own_argv_hidden():
         Judge(args, lambda: None)
 
@@ -93,6 +94,10 @@ def check(line):
             judge(verb, job)
     elif verb == "sample":
         assert _run([verb, *words, "n=2", "steps=1", "out=out"]) == 0
+    elif verb == "pairs":
+        small = [w for w in words if not w.startswith(("n=", "steps=", "batch=", "shard=", "out="))]
+        assert _run([verb, *small, "n=2", "steps=1", "batch=2", "shard=2", "out=pairs"]) == 0
+        shutil.rmtree("pairs")
     elif verb == "compare":
         assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
     elif verb == "list":
