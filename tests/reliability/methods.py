@@ -20,6 +20,9 @@ DIGITS = [
 POINTS = ["data.size=400", "data.batch_size=100", "model.net.width=16"]
 POINTS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.LinearWarmup, warmup: 3}"]
 
+TEXT = ["data.val_fraction=0.95", "data.batch_size=20", "data.eval_batch_size=40", "model.net.width=8"]
+TEXT += ["model.net.dropout=0.2", "model.scheduler.total=8", "model.scheduler.warmup=2"]
+
 PAIRS = ["data.n=100", "data.steps=2", "data.pairs_batch=20", "data.shard=40", "data.val_fraction=0.2"]
 PAIRS += ["data.batch_size=20", "data.eval_batch_size=40", "model.net.width=8", "model.net.dropout=0.2"]
 PAIRS += ["model.net.blocks=1", "callbacks.straightness=null"]
@@ -28,11 +31,14 @@ PAIRS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.Wa
 TEACHERS = {
     "reflow_digits": ("rectified_flow_digits",),
     "reflow_online": ("rectified_flow_digits",),
+    "instaflow_digits": ("rectified_flow_digits_text", "model.net.blocks=1", "model.net.width=8"),
 }
 
 METHODS = {
     "reflow_digits": ["experiment=reflow_digits", *PAIRS],
     "reflow_online": ["experiment=reflow_digits", *PAIRS, "data.online=true"],
+    "rectified_flow_digits_text": ["experiment=rectified_flow_digits_text", *TEXT],
+    "instaflow_digits": ["experiment=instaflow_digits", *PAIRS],
     "rectified_flow_digits": ["experiment=rectified_flow_digits", *DIGITS],
     "rectified_flow_points": ["experiment=rectified_flow_points", *POINTS],
     "rectified_flow_ot": [

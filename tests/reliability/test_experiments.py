@@ -15,7 +15,9 @@ from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
 
 EXPERIMENTS = list(options("experiment"))
-CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+CIFAR10 = SHARED / "data" / "cifar10"
+SQUEEZE = SHARED / "weights" / "squeezenet1_1_imagenet_fp16.safetensors"
 SHORT = ["trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
 SHORT += ["logger=csv", "callbacks.metrics=null", "trainer.accelerator=cpu", "trainer.enable_model_summary=false"]
 TINY_UNET = ["net=unet", "model.net.width=4", "model.net.mult=[1,1]"]
@@ -35,9 +37,22 @@ def images(tmp_path_factory):
     return folder
 
 
+def cheap_lpips(tree):
+    """Words that give a loss with LPIPS the smallest of its networks, from a file."""
+    if "distance" not in tree["model"]["init_args"].get("loss", {}).get("init_args", {}):
+        return []
+    if not SQUEEZE.is_file():
+        pytest.skip(f"no {SQUEEZE}")
+    words = {"distance.net": "squeeze", "distance.average_pooling": "false", "distance.weights": SQUEEZE, "size": 32}
+    return [f"++model.loss.{key}={value}" for key, value in words.items()]
+
+
 def small(name, images):
     """Words that make the experiment `name` small; its data come from a folder where they are not embedded."""
-    data = compose([f"experiment={name}"])[0]["data"]
+    tree = compose([f"experiment={name}"])[0]
+    data, net = tree["data"], tree["model"]["init_args"]["net"]["class_path"]
+    if "stable_diffusion" in net:
+        pytest.skip("needs a folder of diffusers: tests/lightning_modules/weights/test_stable_diffusion.py makes one")
     kind = data["class_path"].rpartition(".")[2]
     sides = [part.get("class_path", "") for part in data.get("init_args", {}).values() if isinstance(part, dict)]
     if kind == "Images" and "cifar10" in data["init_args"]["name"]:
@@ -50,18 +65,21 @@ def small(name, images):
     if kind == "Pair" and sides[0].endswith("Images"):
         folders = [f"data.{side}.data_dir={images}" for side in ("source", "target")]
         return [*TINY_UNET, *folders, "data.target.batch_size=2", "image_size=16"]
-    if kind == "Pairs" and "cifar10" in name:
+    if kind in ("Pairs", "RealPairs") and "cifar10" in name:
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")
         teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET)
         words = [f"teacher={teacher}", *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
-        return [*words, "data.real.memory_gb=0"]
+        return [*words, "data.real.memory_gb=0", *cheap_lpips(tree)]
     if kind == "Pairs":
         points = name.endswith("points")
         teacher = teachers.shared(f"rectified_flow_{'points' if points else 'digits'}", *TINY_NET[points])
         straight = ["callbacks.straightness.n=4"] if "straightness" in options("experiment")[name].read_text() else []
-        return [f"teacher={teacher}", *TINY_NET[points], *TINY_GRID, *TINY_PAIRS, *straight]
-    if kind == "Digits":
+        return [f"teacher={teacher}", *TINY_NET[points], *TINY_GRID, *TINY_PAIRS, *straight, *cheap_lpips(tree)]
+    if kind == "PromptedPairs":
+        teacher = teachers.shared("rectified_flow_digits_text", *TINY_NET[False])
+        return [f"teacher={teacher}", *TINY_NET[False], *TINY_GRID, *TINY_PAIRS]
+    if kind in ("Digits", "ImageText"):
         return ["model.net.width=8", *TINY_GRID]
     return TINY_GRID
 
