@@ -28,7 +28,7 @@ from penstock.lightning_modules.steps import Bellman
 if TYPE_CHECKING:
     from penstock.lightning_modules.flow_module import FlowModule
 
-MEMORY = {"cpu": 2**25}  # bytes of one batch's velocities; elsewhere 2**30
+MEMORY = {"cpu": 2**23}  # bytes of one batch's velocities; elsewhere 2**30
 FOLDER = "bellman"
 _known: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], dict[Any, Schedules]]] = WeakKeyDictionary()
 
@@ -154,8 +154,7 @@ def measure(module: "FlowModule", k_max: int, n: int, seed: int, guidance: float
     module_dtype = next(module.parameters()).dtype
     dtype = torch.float64 if module_dtype == torch.float64 else torch.float32
     index = torch.arange(n, device=module.device)
-    budget = MEMORY.get(module.device.type, 2**30)
-    batch = max(1, budget // (4 * k_max * int(torch.Size(module.net.shape).numel())))
+    batch = batch_size(int(torch.Size(module.net.shape).numel()), k_max, module.device)
     recorder = _Recorder()
     grid = fine_grid(module, k_max)
     with torch.no_grad(), _evaluated(module):
@@ -167,6 +166,11 @@ def measure(module: "FlowModule", k_max: int, n: int, seed: int, guidance: float
         return recorder.sums[0].matrix()
     except ValueError as error:
         raise UserError(f"steps=bellman: {error}") from error
+
+
+def batch_size(dimensions: int, k_max: int, device: torch.device) -> int:
+    """How many noises are followed at once: their velocities fit into 8 MiB on the CPU, 1 GiB elsewhere."""
+    return max(1, MEMORY.get(device.type, 2**30) // (4 * k_max * dimensions))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from penstock.lightning_modules.flow.losses import Reduction, squared_error
 from penstock.lightning_modules.flow.paths import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-COLUMNS = 4096  # of the rows that are turned into float64 at once
+COLUMNS = 1024  # of the rows that are turned into float64 at once
 
 
 def gram(rows: Tensor) -> Tensor:

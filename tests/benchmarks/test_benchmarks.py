@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.benchmarks import cifar10, machine, overhead, peers, philox, report, startup, timing, toys
+from penstock.benchmarks import bellman, cifar10, machine, overhead, peers, philox, report, startup, timing, toys
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 NEEDS_SHARED = pytest.mark.skipif(
@@ -75,6 +75,15 @@ def test_philox(tmp_path, monkeypatch):
     found = result(tmp_path, "philox_cpu")
     assert found["rows"][0]["kernel"] == "reference"
     assert found["bandwidth_gb_per_second"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_bellman(tmp_path):
+    words = ["--n", "6", "--k-max", "10", "--width", "4", "--rounds", "1", "--threads", "1"]
+    bellman.main([*words, "--out", str(tmp_path)])
+    found = result(tmp_path, "bellman")
+    assert [row["same schedules"] for row in found["rows"]] == ["yes", "yes"]
+    assert all(row["largest difference of costs"] < 1e-2 for row in found["rows"])
 
 
 def test_overhead(tmp_path):
