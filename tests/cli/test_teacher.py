@@ -1,0 +1,122 @@
+"""`teacher=`: a checkpoint, a run, or an experiment that is found, goes on, or is trained first."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from penstock.lightning_modules.cli import main, teacher
+from penstock.lightning_modules.cli.compose import compose
+from penstock.lightning_modules.errors import UserError
+
+QUICK = """
+defaults:
+  - {base}
+  - override /logger: csv
+model: {{net: {{width: 8, blocks: 1}}}}
+trainer: {{max_epochs: 2, check_val_every_n_epoch: 1, limit_val_batches: 1, accelerator: cpu, {more}}}
+callbacks: {{metrics: null, samples: null}}
+"""
+
+STOP = "{class_path: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, stopping_threshold: 100}"
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A folder of own experiments: `flow`, and `second`, whose teacher is `flow`."""
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    flow = QUICK.format(base="rectified_flow_digits", more="limit_train_batches: 2")
+    (folder / "flow.yaml").write_text("# @package _global_\n# penstock fit experiment=flow" + flow)
+    second = QUICK.format(base="reflow_digits", more="limit_train_batches: 2")
+    second += "teacher: flow\ndata: {n: 256, steps: 1, pairs_batch: 128, shard: 128}\n"
+    (folder / "second.yaml").write_text("# @package _global_\n# penstock fit experiment=second" + second)
+    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path / "conf"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def penstock(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock.lightning_modules", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def runs(folder, name):
+    return sorted(p.parent for p in (folder / "runs" / name).glob("*/config.yaml"))
+
+
+def test_one_command_trains_the_teacher_and_finds_it_afterwards(quick):
+    first = penstock("fit", "experiment=second")
+    (flow,), (second,) = runs(quick, "flow"), runs(quick, "second")
+    assert "teacher: trains first" in first.stderr
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    checkpoint = str(flow / "checkpoints" / "last.ckpt")
+    assert config["data"]["init_args"]["teacher"] == config["model"]["init_args"]["initial"] == checkpoint
+    assert "test/loss" in json.loads((second / "metrics.json").read_text())
+    (made,) = (flow / "pairs").iterdir()
+    assert len(list(made.glob("shard_*"))) == 2
+    stamps = {p: p.stat().st_mtime_ns for p in made.iterdir()}
+
+    again = penstock("fit", "experiment=second")
+    assert f"teacher: {flow.relative_to(quick)}/checkpoints/last.ckpt" in again.stderr
+    assert runs(quick, "flow") == [flow]
+    assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == stamps
+    a, b = (json.loads((run / "metrics.json").read_text())["test/loss"] for run in runs(quick, "second"))
+    assert a == b
+
+
+def test_an_unfinished_teacher_goes_on_and_another_one_is_passed_over(quick, capsys):
+    penstock("fit", "experiment=flow", "model.net.width=4")
+    penstock("fit", "experiment=flow", f"+callbacks.stop={STOP}")
+    other, unfinished = runs(quick, "flow")
+    assert not teacher._finished(unfinished)
+    found = teacher.find_or_train("flow")
+    assert found == str(unfinished / "checkpoints" / "last.ckpt")
+    assert "teacher: goes on" in capsys.readouterr().err
+    assert teacher._finished(unfinished)
+    assert runs(quick, "flow") == [other, unfinished]
+    assert teacher.find_or_train("flow") == found
+    assert teacher.find_or_train(str(other)) == str(other / "checkpoints" / "last.ckpt")
+
+
+def test_printing_trains_nothing(quick, capsys):
+    assert main(["fit", "experiment=second", "--print"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["teacher"] == "flow"
+    assert not (quick / "runs").exists()
+
+
+def test_a_checkpoint_or_a_run_by_path(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"no checkpoints/last.ckpt in this folder"):
+        teacher.find_or_train(str(tmp_path))
+    path.touch()
+    for given in (tmp_path, path):
+        tree = compose(["experiment=reflow_digits", f"teacher={given}"], teacher.find_or_train)[0]
+        assert tree["model"]["init_args"]["initial"] == tree["data"]["init_args"]["teacher"] == str(path)
+
+
+def test_a_mistyped_teacher_is_one_line(capsys):
+    assert main(["fit", "experiment=reflow_digits", "teacher=rectified_flow_digit"]) == 2
+    assert (
+        "teacher=rectified_flow_digit: no such file, run folder or experiment (did you mean" in capsys.readouterr().err
+    )
+
+
+def test_a_teacher_that_fails_is_one_line(quick, monkeypatch):
+    monkeypatch.setattr(teacher, "_fit", lambda words, run: 1)
+    with pytest.raises(UserError, match=r"its training in .* ended with exit code 1"):
+        teacher.find_or_train("flow")
+    monkeypatch.setattr(teacher, "_fit", lambda words, run: 130)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.find_or_train("flow")
