@@ -22,7 +22,7 @@ SHORT = ["trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.limit_val_batc
 SHORT += ["logger=csv", "callbacks.metrics=null", "trainer.accelerator=cpu", "trainer.enable_model_summary=false"]
 TINY_UNET = ["net=unet", "model.net.width=4", "model.net.mult=[1,1]"]
 TINY_GRID = ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.samples.steps=1"]
-TINY_PAIRS = ["data.n=40", "data.steps=2", "data.pairs_batch=20", "data.shard=20", "data.batch_size=4"]
+TINY_PAIRS = ["data.n=40", "data.steps=6", "data.pairs_batch=20", "data.shard=20", "data.batch_size=4"]
 TINY_PAIRS += ["data.val_fraction=0.2"]
 TINY_NET = {False: ["model.net.width=8", "model.net.blocks=1"], True: ["model.net.width=16"]}
 
@@ -68,7 +68,7 @@ def small(name, images):
     if kind in ("Pairs", "RealPairs") and "cifar10" in name:
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")
-        teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET)
+        teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET, "num_classes=0")
         words = [f"teacher={teacher}", *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
         return [*words, "data.real.memory_gb=0", *cheap_lpips(tree)]
     if kind == "Pairs":
