@@ -134,9 +134,15 @@ def plot_calls(runs: list[dict[str, Any]], path: Path) -> bool:
                 label = f"{run}, bellman steps" if searched else run
                 style = {"linestyle": "--" if searched else "-", "marker": "x" if searched else "."}
                 axis.plot(*zip(*points), color=colours[run], label=label, **style)
+        shown = [point for name, _, points in lines if name.removesuffix(" (bellman)") == panel for point in points]
+        low, high = min(value for _, value in shown), max(value for _, value in shown)
         axis.set(title=panel, xlabel="network calls per sample", xscale="log")
-        if min(value for name, _, points in lines if name.startswith(panel) for _, value in points) > 0:
+        axis.set_xticks(sorted({n for n, _ in shown}), minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:g}")
+        if low > 0 and high > 10 * low:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
     axes.flat[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
