@@ -207,7 +207,8 @@ def test_everything_can_be_written_in_yaml():
     [
         ({"n": 1}, "n: 1 samples given"),
         ({"steps": []}, r"steps: \[\] given"),
-        ({"steps": [4, 0]}, r"steps: \[4, 0\] given"),
+        ({"steps": [4, 0]}, "steps=0: expected a whole number of 1 or more"),
+        ({"steps": ["belman:4"]}, "did you mean .bellman:4.?"),
         ({"every_n_validations": -1}, "every_n_validations: -1 given"),
     ],
 )
