@@ -1,6 +1,7 @@
 """LPIPS as a loss: against torchmetrics with the same weights, weights from files, refusals, what it stays out of."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +140,12 @@ def test_wrong_files_are_refused(tmp_path, random_weights):
     save_file({**state, "features.0.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"other\.safetensors does not fit torchvision's squeeze: .*size mismatch"):
         LPIPS("squeeze", str(tmp_path / "other.safetensors")).prepare()
+
+
+def test_a_run_is_refused_before_it_starts(tmp_path):
+    loss = PerceptualHuber(LPIPS("squeeze", str(tmp_path / "none.pth")))
+    flow = RectifiedFlow(nn_with_shape(), torch.optim.Adam, loss=loss)
+    flow._trainer = SimpleNamespace(datamodule=SimpleNamespace(shape=(1, 8, 8), num_classes=0))
+    flow.setup("predict")
+    with pytest.raises(UserError, match=r"no weights file .*none\.pth"):
+        flow.setup("fit")
