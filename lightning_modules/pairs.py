@@ -11,11 +11,12 @@ Row `i` depends on the recipe and `i` alone. A file gets its name when it is com
 on with the shards that are missing, without duplicates or gaps, on any number of ranks.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,15 @@ def write_pairs(
     Raises:
         UserError: the folder holds pairs of another teacher or recipe, or it can't be written (disk full).
     """
-    recipe, folder = maker.recipe, Path(folder)
+    folder = Path(folder)
+    with _alone(folder) if rank == 0 else nullcontext():
+        return _write(maker, folder, rank, world, barrier, tick)
+
+
+def _write(
+    maker: PairMaker, folder: Path, rank: int, world: int, barrier: Callable[[], None], tick: Callable[[int], None]
+) -> int:
+    recipe = maker.recipe
     if rank == 0:
         _begin(maker, folder)
     barrier()
@@ -225,6 +234,19 @@ def default_folder(maker: PairMaker) -> Path:
     run = maker.teacher.resolve().parent
     run = run.parent if run.name == "checkpoints" else run
     return run / "pairs" / hashlib.sha256(identity).hexdigest()[:12]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Runs that want the same pairs at once wait for the one that makes them."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"pairs '{folder}': cannot be written ({error.strerror})") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _begin(maker: PairMaker, folder: Path) -> None:

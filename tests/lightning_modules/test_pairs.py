@@ -98,6 +98,15 @@ def test_two_ranks_make_the_same_files(teacher, tmp_path):
     assert made == [15, 10]
 
 
+def test_two_runs_at_once_make_each_pair_once(teacher, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        makers = [PairMaker(teacher, recipe()) for _ in range(2)]
+        made = list(pool.map(lambda maker: write_pairs(maker, tmp_path / "both"), makers))
+    assert sorted(made) == [0, 25]
+    write_pairs(makers[0], tmp_path / "one")
+    assert same(content(tmp_path / "both"), content(tmp_path / "one"))
+
+
 def test_only_what_is_missing_is_made(teacher, tmp_path):
     maker = PairMaker(teacher, recipe())
     assert write_pairs(maker, tmp_path) == 25
