@@ -31,6 +31,7 @@ PAIRS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.Wa
 TEACHERS = {
     "reflow_digits": ("rectified_flow_digits",),
     "reflow_online": ("rectified_flow_digits",),
+    "rectified_flow_pp_digits": ("rectified_flow_digits",),
     "boss_digits": ("rectified_flow_digits",),
     "boss_lora": ("rectified_flow_digits",),
     "instaflow_digits": ("rectified_flow_digits_text", "model.net.blocks=1", "model.net.width=8"),
@@ -39,6 +40,7 @@ TEACHERS = {
 METHODS = {
     "reflow_digits": ["experiment=reflow_digits", *PAIRS],
     "reflow_online": ["experiment=reflow_digits", *PAIRS, "data.online=true"],
+    "rectified_flow_pp_digits": ["experiment=rectified_flow_pp_digits", *PAIRS],
     "boss_digits": ["experiment=boss_digits", *PAIRS, "data.steps=6"],
     "boss_lora": ["experiment=boss_digits", *PAIRS, "data.steps=6", "model.lora_rank=2"],
     "rectified_flow_digits_text": ["experiment=rectified_flow_digits_text", *TEXT],
