@@ -141,8 +141,8 @@ class Pairs(KindDataModule):
         found = []
         for first in (True, False):
             if first == (rank_and_world()[0] == 0):
-                options = {"k_max": self.recipe.steps, "device": device, "uniform": kind == "uniform"}
-                found = schedule(self.teacher, int(k), **options)
+                options = {"k_max": self.recipe.steps, "guidance": self.recipe.guidance, "device": device}
+                found = schedule(self.teacher, int(k), uniform=kind == "uniform", **options)
             _barrier()
         return tuple(found)
 

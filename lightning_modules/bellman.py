@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.checkpoints import fingerprint
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.bellman import CostSums, Schedules, schedules, uniform_indices
 from penstock.lightning_modules.flow.grids import karras, uniform
@@ -40,6 +41,7 @@ def schedule(
     k_max: int = 100,
     n: int = 100,
     seed: int = 0,
+    guidance: float | None = None,
     device: torch.device | str = "cpu",
     uniform: bool = False,
 ) -> list[int]:
@@ -53,6 +55,7 @@ def schedule(
         k_max: steps of the fine grid.
         n: noises that the costs are averaged over.
         seed: of these noises.
+        guidance: guidance scale instead of the module's own.
         device: where the network runs.
         uniform: equal steps rounded to the fine grid instead; nothing is searched or read.
 
@@ -63,15 +66,21 @@ def schedule(
         raise UserError(f"steps: found K={k}, expected 1 to {k_max}, the steps of the fine grid")
     if uniform:
         return uniform_indices(k, k_max)
-    return search(checkpoint, k_max=k_max, n=n, seed=seed, device=device).path(k)
+    return search(checkpoint, k_max=k_max, n=n, seed=seed, guidance=guidance, device=device).path(k)
 
 
 def search(
-    checkpoint: Path | str, *, k_max: int = 100, n: int = 100, seed: int = 0, device: torch.device | str = "cpu"
+    checkpoint: Path | str,
+    *,
+    k_max: int = 100,
+    n: int = 100,
+    seed: int = 0,
+    guidance: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> Schedules:
     """The best schedules of a checkpoint; see `schedule`."""
     module = model_from_checkpoint(Path(checkpoint)).to(device)
-    return schedules_of(module, k_max=k_max, n=n, seed=seed, folder=folder_of(checkpoint))
+    return schedules_of(module, k_max=k_max, n=n, seed=seed, guidance=guidance, folder=folder_of(checkpoint))
 
 
 def folder_of(checkpoint: Path | str) -> Path:
@@ -201,15 +210,6 @@ def _norms(net: nn.Module) -> tuple[float, ...]:
     """Norm of every tensor of weights: tells in one pass whether they have changed since the last search."""
     own = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
     return tuple(torch.stack([p.norm(dtype=torch.float32) for p in own]).tolist()) if own else ()
-
-
-def fingerprint(net: nn.Module) -> str:
-    """Hash of all names and weights of a network."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_costs(path: Path, costs: Tensor, identity: dict[str, str]) -> None:

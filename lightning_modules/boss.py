@@ -114,7 +114,8 @@ class BOSS(FlowModule):
         data = self.trainer.datamodule
         if not str(getattr(data, "keep", "")).startswith("bellman") or self.trainer.fast_dev_run:
             return
-        found = search(data.teacher, k_max=data.recipe.steps, device=self.device)
+        options = {"k_max": data.recipe.steps, "guidance": data.recipe.guidance, "device": self.device}
+        found = search(data.teacher, **options)
         keep_picture(self.trainer, draw_costs(found, self.k), "cost_matrix", "bellman/cost_matrix")
         keep_picture(self.trainer, draw_step_sizes(found), "step_sizes", "bellman/step_sizes")
 

@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill at any moment, a full disk, a cut or hostile file, and weights of another model."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -135,6 +136,15 @@ def check_weights(module: nn.Module, checkpoint: Mapping[str, Any], name: str) -
 def raw_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights as they were trained: those beside the average, or the only ones where nothing was averaged."""
     return checkpoint.get("current_model_state") or checkpoint.get("state_dict", {})
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of all names and weights of a module, 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{plain_name(name)} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def plain_name(key: str) -> str:

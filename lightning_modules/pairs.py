@@ -27,6 +27,7 @@ from torch import Tensor
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.checkpoints import fingerprint
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.grids import uniform
 from penstock.lightning_modules.flow.solvers import Solver
@@ -140,15 +141,6 @@ class PairMaker:
             index = torch.arange(first, first + self.recipe.batch, device=self.model.device)
             made = self.make(index, Draws(self.recipe.seed, 0, index))
             yield {key: value[: rows.stop - first].cpu() for key, value in made.items()}
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of all weights by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def write_pairs(

@@ -7,33 +7,13 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-from penstock.lightning_modules.cli.compose import nest_init_args
-from penstock.lightning_modules.cli.conf import options as conf_options
+from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
-from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.steps import Bellman, parse_steps
 
 OWN = {"ckpt_path": str, "n": int, "steps": str, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
 OWN |= {"solver": str}
-
-
-def _typed(key: str, value: str, kind: type) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise UserError(f"{key}={value}: expected {kind.__name__}") from None
-
-
-def _solver(name: str | None) -> dict[str, Any]:
-    """The model's `solver` as `conf/solver/<name>.yaml` has it, or nothing to change."""
-    if name is None:
-        return {}
-    if name not in conf_options("solver"):
-        near = did_you_mean(name, conf_options("solver"))
-        raise UserError(f"solver={name}: no such choice{near}; choices: {', '.join(conf_options('solver'))}")
-    return {"solver": nest_init_args(yaml.safe_load(conf_options("solver")[name].read_text()))}
 
 
 def _options(model: Any) -> dict[str, type]:
@@ -52,19 +32,9 @@ def run_sample(words: list[str]) -> int:
     Raises:
         UserError: an unknown word, a wrong type, n or steps below 1, no such label, a bad checkpoint.
     """
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"sample {word}: expected key=value{did_you_mean(word, OWN)}")
-        given[key] = value
-    if "ckpt_path" not in given:
-        near = next((did_you_mean(k, OWN) for k in given if k not in OWN), "")
-        raise UserError(f"sample: ckpt_path=... is required{near}")
+    given = split("sample", words, OWN)
     path = Path(given["ckpt_path"])
-    if not path.is_file():
-        raise UserError(f"ckpt_path={path}: no such file")
-    options = {key: _typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
+    options = {key: typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
     if "out" in options and Path(options["out"]).is_file():
         raise UserError(f"out={options['out']}: a file; expected a folder, new or old")
     asked = parse_steps(options["steps"]) if "steps" in options else None
@@ -78,7 +48,8 @@ def run_sample(words: list[str]) -> int:
     from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
 
     try:
-        model = model_from_checkpoint(path, **_solver(solver := options.get("solver")))
+        solver = options.get("solver")
+        model = model_from_checkpoint(path, **({"solver": solver_config(solver)} if solver else {}))
     except UserError as error:
         if solver is None or not re.search(r"at model: option 'solver[.']", str(error)):
             raise
@@ -87,11 +58,8 @@ def run_sample(words: list[str]) -> int:
     if not hasattr(model, "sample"):
         raise UserError(f"ckpt_path={path}: {type(model).__name__} does not generate samples")
     extra_kinds = _options(model)
-    for key in given:
-        if key not in OWN and key not in extra_kinds:
-            names = [*OWN, *extra_kinds]
-            raise UserError(f"sample {key}: unknown{did_you_mean(key, names)}; expected one of {', '.join(names)}")
-    extra = {key: _typed(key, given[key], kind) for key, kind in extra_kinds.items() if key in given}
+    check_keys("sample", given, OWN | extra_kinds)
+    extra = {key: typed(key, given[key], kind) for key, kind in extra_kinds.items() if key in given}
     name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
