@@ -62,7 +62,7 @@ def variables(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "WANDB_MODE": "offline", **more}
 
 
-def on_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 300) -> list[list[Done]]:
+def on_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 900) -> list[list[Done]]:
     """Runs `jobs` (`{"words": [...], "run": folder}`) one after the other on `world` gloo ranks.
 
     Returns:

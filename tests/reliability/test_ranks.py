@@ -5,12 +5,13 @@ import json
 import harness
 import pytest
 import torch
-from methods import METHODS, words
+from methods import METHODS, TEACHERS, words
 
 from penstock.lightning_modules.checkpoints import load_checkpoint
 
 TWO = ["strategy=ddp", "trainer.devices=2"]
-CUTS = ["step3", "epoch4"]
+CUTS = [(method, "step3") for method in METHODS]
+CUTS += [(method, "epoch4") for method in METHODS if method not in TEACHERS]
 PLAIN = ["model.net.dropout=0", "data.eval_batch_size=18", "trainer.limit_val_batches=null"]
 PLAIN += ["data.val_fraction=0.0606", "data.batch_size=24", "trainer.limit_train_batches=4"]
 
@@ -33,10 +34,10 @@ def reports(folder):
         jobs[name] = {"words": list(all_words), "run": str(folder / name)}
 
     for method in METHODS:
-        cuts = folder / "cuts" / method
-        job(method, *method_words(method, f"+callbacks.cuts={{class_path: faults.Cuts, out: '{cuts}'}}"))
-        for cut in CUTS:
-            job(f"cuts/{method}/{cut}", harness.last_checkpoint(cuts / cut))
+        cuts = f"+callbacks.cuts={{class_path: faults.Cuts, out: '{folder / 'cuts' / method}'}}"
+        job(method, *method_words(method, cuts))
+    for method, cut in CUTS:
+        job(f"cuts/{method}/{cut}", harness.last_checkpoint(folder / "cuts" / method / cut))
     digits = "rectified_flow_digits"
     job("two_workers", *method_words(digits, "data.num_workers=2"))
     job("plain2", *method_words(digits, *PLAIN))
@@ -50,8 +51,7 @@ def reports(folder):
     return {name: [report[i] for report in ended] for i, name in enumerate(jobs)}
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "cut"), CUTS)
 def test_killed_and_resumed(method, cut, reports, folder):
     assert [done.code for done in reports[method]] == [0, 0], reports[method][0].err[-1000:]
     stopped = f"cuts/{method}/{cut}"
