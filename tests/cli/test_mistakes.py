@@ -175,9 +175,9 @@ def test_hostile_checkpoint_runs_nothing(capsys, tmp_path, monkeypatch):
     [
         (["n=0"], ["n=0", "1 or more"]),
         (["steps=0"], ["steps=0", "1 or more"]),
-        (["steps=x"], ["steps=x", "expected int"]),
+        (["steps=x"], ["steps=x", "expected a whole number"]),
         (["step=4"], ["step", "did you mean 'steps'?"]),
-        (["solver=null"], ["solver=null", "choices: ddim"]),
+        (["solver=null"], ["solver=null", "choices: anchored_euler, anchored_heun, ddim"]),
         (["device=foo"], ["device=foo", "expected cpu"]),
         (["solver=huen"], ["solver=huen", "did you mean 'heun'?"]),
         (["labels=12"], ["labels=12", "0 to 9"]),
