@@ -139,7 +139,10 @@ class InstaFlow(FlowModule):
         return self.features(found)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
-        """Loss of each sample `(B,)`; noise, times and dropped prompts come from `draws`."""
+        """Loss of each sample `(B,)`; noise, times and dropped prompts come from `draws`.
+
+        Prompts pass the network's `drop_condition` even where none is dropped: DDP wants a gradient for the null prompt.
+        """
         shape = tuple(self.net.shape)
         if "latent" in batch:
             x1 = batch["latent"]
@@ -148,9 +151,7 @@ class InstaFlow(FlowModule):
             x1 = self.autoencoder.encode(batch["image"], noise)
         x0 = batch["source"] if "source" in batch else draws.normal("noise", shape, x1.dtype)
         u, dropped = draws.uniform("time", (2,)).unbind(1)
-        cond = self.condition(batch)
-        if self.condition_dropout:
-            cond = self.net.drop_condition(cond, dropped < self.condition_dropout)
+        cond = self.net.drop_condition(self.condition(batch), dropped < self.condition_dropout)
         t = self.times.quantile(u)
         x_t = self.path.interpolate(x0, x1, t)
         velocity, target = self.net(x_t, t, cond), x1 - x0

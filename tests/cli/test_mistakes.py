@@ -30,7 +30,7 @@ MISTAKES = {
     "wrong type of data": (["data.batch_size=x"], ["at data.batch_size:", "expected int", "found x"]),
     "unknown strategy": (["trainer.strategy=dpp"], ["strategy", "dpp"]),
     "value refused by the class": (["model.net.width=3"], ["width must be a positive multiple of 4, got 3"]),
-    "eps out of range": (["model.eps=2"], ["eps=2", "(0, 1)"]),
+    "eps out of range": (["model.eps=2"], ["eps=2", "[0, 1)"]),
     "no samples": (["callbacks.metrics.n=0"], ["configuration: n: 0 samples given, expected at least 2"]),
     "no steps": (["callbacks.metrics.steps=[0]"], ["configuration: steps=0: expected a whole number of 1 or more"]),
     "another shape": (["shape=[1,16,16]"], ["model.net.shape", "(1, 16, 16)", "(1, 8, 8)"]),
