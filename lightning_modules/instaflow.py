@@ -141,7 +141,7 @@ class InstaFlow(FlowModule):
     def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped prompts come from `draws`.
 
-        Prompts pass the network's `drop_condition` even where none is dropped: DDP wants a gradient for the null prompt.
+        Prompts pass the network's `drop_condition` even where none is dropped: DDP wants its gradient.
         """
         shape = tuple(self.net.shape)
         if "latent" in batch:
