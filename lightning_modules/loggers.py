@@ -139,6 +139,13 @@ def logged_in_to_wandb() -> bool:
         return False
 
 
+def wandb_mode(mode: str = "auto") -> str:
+    """`online`, `offline` or `disabled`: `WANDB_MODE` where it is set, else `mode`, where `auto` looks for a key."""
+    if mode == "auto":
+        mode = "online" if logged_in_to_wandb() else "offline"
+    return os.environ.get("WANDB_MODE") or mode
+
+
 class WandB(WandbLogger):
     """Weights & Biases in the run folder: online when logged in, else offline (`wandb sync` sends it later).
 
@@ -164,10 +171,7 @@ class WandB(WandbLogger):
     ):
         folder = run_dir().resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        if named := os.environ.get("WANDB_MODE"):
-            mode = named
-        elif mode == "auto":
-            mode = "online" if logged_in_to_wandb() else "offline"
+        mode = wandb_mode(mode)
         name = f"{folder.parent.name}-{folder.name}"
         super().__init__(
             name=name,

@@ -10,9 +10,11 @@ import yaml
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
+WANDB_KEYS = ("logger.wandb.project", "logger.wandb.entity", "logger.wandb.mode")
+
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Reads one run folder: `name`, flat `config`, last `metrics`, `curves` (metric -> [(step, value)]).
+    """Reads one run folder: `folder`, `name`, flat `config`, last `metrics`, `curves` (metric -> [(step, value)]).
 
     Raises:
         UserError: no folder, or no metrics.json in it.
@@ -31,6 +33,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 if key != "step" and value:
                     curves.setdefault(key, []).append((int(row["step"]), float(value)))
     return {
+        "folder": folder,
         "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
         "config": _flat(yaml.safe_load(config.read_text())) if config.is_file() else {},
         "metrics": json.loads((folder / "metrics.json").read_text()),
@@ -154,14 +157,25 @@ def _has_curve(runs: list[dict[str, Any]], key: str) -> bool:
 
 
 def run_compare(words: list[str]) -> int:
-    """Prints the tables; writes `compare.md`, `.json`, `.png` and `calls.png` into `out` (default `runs/compare`)."""
-    out = Path(next((w.partition("=")[2] for w in words if w.startswith("out=")), "runs/compare"))
+    """Prints the tables; writes `compare.md`, `.json`, `.png` and `calls.png` into `out` (default `runs/compare`).
+
+    With `logger=wandb` all of it becomes a run of W&B too.
+
+    Raises:
+        UserError: an unknown word, no folder, a folder that is no run, or W&B out of reach.
+    """
+    given = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
     folders = [Path(w) for w in words if "=" not in w and Path(w).name != "multirun.yaml"]
-    if unknown := [w for w in words if "=" in w and not w.startswith("out=")]:
-        near = did_you_mean(unknown[0], ["out="])
-        raise UserError(f"compare {unknown[0]}: expected run folders and out=FOLDER{near}")
+    keys = ("out", "logger", *WANDB_KEYS)
+    for key, value in given.items():
+        if key not in keys:
+            near = did_you_mean(key, keys)
+            raise UserError(f"compare {key}={value}: expected run folders, {', '.join(f'{k}=' for k in keys)}{near}")
+    if given.get("logger", "wandb") != "wandb":
+        raise UserError(f"compare logger={given['logger']}: expected wandb{did_you_mean(given['logger'], ['wandb'])}")
     if not folders:
         raise UserError("compare: expected run folders, e.g. penstock compare runs/a/... runs/b/...")
+    out = Path(given.get("out", "runs/compare"))
     runs = [read_run(folder) for folder in folders]
     names = [run["name"] for run in runs]
     config_rows = table(runs, "config", only_different=len(runs) > 1)
@@ -180,4 +194,10 @@ def run_compare(words: list[str]) -> int:
     (out / "compare.json").write_text(json.dumps(kept, indent=1))
     plot(runs, out / "compare.png")
     print(f"written: {out}/compare.md, compare.json, {', '.join(pictures.values())}")
+    if given.keys() & {"logger", *WANDB_KEYS}:
+        from penstock.lightning_modules.cli.compare_wandb import send
+
+        tables = {"configuration": (["key", *names], config_rows), "metrics": (["metric", *names], metric_rows)}
+        options = {key.rpartition(".")[2]: given[key] for key in WANDB_KEYS if key in given}
+        print(send(runs, tables, {title: out / name for title, name in pictures.items()}, out, options))
     return 0
