@@ -1,26 +1,31 @@
 """The search for Bellman-optimal steps (arXiv 2312.16414) against the method as published: seconds and peak memory.
 
-`python -m penstock.benchmarks.bellman`; the direct method keeps every state and velocity of the fine trajectory of all
-noises and compares all pairs of times, ours follows the noises in batches and adds up inner products of velocity
-differences. Two parts: the costs alone, with a velocity that costs nothing to speak of, and the whole search with a
-DDPM++ of `--width`. Every measurement is a process of its own.
+`python -m penstock.benchmarks.bellman [--device cuda]`; the direct method keeps every state and velocity of the fine
+trajectory of all noises and compares all pairs of times, ours follows the noises in batches and adds up inner products
+of velocity differences. Two parts: the costs alone, with a velocity that costs nothing to speak of, and the whole
+search with a DDPM++ of `--width`. On a CPU every measurement is a process of its own.
+
+Memory is told twice: what the search needs beside the network, that is the peak less the weights and less the peak of
+one network call of the method's own batch; and the whole peak (of CUDA allocations, or of the process).
 """
 
+import gc
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from penstock.benchmarks.report import parser, write
+from penstock.benchmarks.timing import clocks
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules import bellman
 from penstock.lightning_modules.flow.bellman import CostSums, Velocity, schedules
@@ -30,6 +35,8 @@ from penstock.lightning_modules.rectified_flow import RectifiedFlow
 
 SHAPE = (3, 32, 32)
 LENGTHS = (4, 6, 8)
+MEASURED = ("seconds", "search", "network call", "peak")
+PAGE = 2**-8  # MiB
 
 
 def field(x: Tensor, t: Tensor) -> Tensor:
@@ -45,57 +52,75 @@ def direct(velocity: Velocity, x: Tensor, k_max: int) -> Tensor:
     for i, (t, s) in enumerate(pairwise(times)):
         velocities[i] = velocity(states[i], x.new_full((len(x),), t))
         torch.add(states[i], velocities[i], alpha=s - t, out=states[i + 1])
-    costs = torch.zeros(k_max + 1, k_max + 1, dtype=torch.float64)
+    costs = torch.zeros(k_max + 1, k_max + 1, dtype=torch.float64, device=x.device)
     for i in range(k_max):
         for j in range(i + 2, k_max + 1):
             miss = torch.add(states[i], velocities[i], alpha=times[j] - times[i]).sub_(states[j])
             costs[i, j] = miss.square_().flatten(1).sum(1).double().mean()
-    return costs
+    return costs.cpu()
 
 
-def ours(velocity: Velocity, x: Tensor, k_max: int) -> Tensor:
-    """The cost matrix from sums over batches as large as in `penstock.lightning_modules.bellman`."""
+def ours(velocity: Velocity, x: Tensor, k_max: int, batch: int) -> Tensor:
+    """The cost matrix from sums over batches of at most `batch` noises."""
     sums = CostSums(uniform(k_max))
-    for part in x.split(bellman.batch_size(x[0].numel(), k_max, x.device)):
+    for part in x.chunk(ceil(len(x) / batch)):
         sums.follow(velocity, part)
     return sums.matrix()
 
 
-def measure(method: str, part: str, n: int, k_max: int, width: int, seed: int, threads: int | None) -> dict[str, Any]:
-    """Seconds, peak memory above that before the search, and the schedules; to be called in a new process."""
+def measure(
+    batch: int | None, part: str, device: str, n: int, k_max: int, width: int, seed: int, threads: int | None
+) -> dict[str, Any]:
+    """Seconds, memory in MiB, and the schedules; `batch` noises at once, or the direct method for None."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    velocity = field
+    where, velocity = torch.device(device), field
+    gc.collect()
     if part == "network":
         flow = RectifiedFlow(NCSNpp(SHAPE, width=width), partial(torch.optim.Adam, lr=1e-3)).eval()
         with torch.no_grad():
             for weight in flow.net.parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.02)
-        velocity = compressed(flow.net)
+        velocity = compressed(flow.net.to(where))
     with torch.no_grad():
-        x = Draws(seed, 0, torch.arange(n)).normal("bellman", SHAPE)
-        velocity(x[:1], torch.zeros(1))
-        before = _reset_peak()
-        start = time.perf_counter()
-        costs = {"ours": ours, "direct": direct}[method](velocity, x, k_max)
+        x = Draws(seed, 0, torch.arange(n, device=where)).normal("bellman", SHAPE)
+        parts = x.chunk(ceil(n / batch)) if batch else [x]
+        velocity(x[:1], x.new_zeros(1))
+        before = _reset_peak(where)
+        for warm in {len(p): p for p in parts}.values():
+            velocity(warm, warm.new_zeros(len(warm)))
+        call = _peak(where) - before
+        _reset_peak(where)
+        start, _ = clocks(where)
+        costs = ours(velocity, x, k_max, batch) if batch else direct(velocity, x, k_max)
         found = schedules(costs)
-        seconds = time.perf_counter() - start
-    lengths = [k for k in LENGTHS if k <= k_max]
-    paths = {k: found.path(k) for k in lengths}
-    return {"seconds": seconds, "peak": (_status("VmHWM") - before) / 2**10, "paths": paths, "costs": costs.tolist()}
+        seconds = clocks(where)[0] - start
+        peak = _peak(where)
+    paths = {k: found.path(k) for k in LENGTHS if k <= k_max}
+    memory = {"search": max(peak - before - call, PAGE), "network call": call, "peak": peak}
+    return {"batch": len(parts[0]), "seconds": seconds, **memory, "paths": paths, "costs": costs.tolist()}
 
 
-def _status(name: str) -> int:
-    """A figure of this process in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def _peak(device: torch.device) -> float:
+    """The peak since the last reset, in MiB: of CUDA allocations, or of this process's resident set."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _status("VmHWM")
 
 
-def _reset_peak() -> int:
-    """Forgets the peak of the memory so far; returns what is in use, in KiB."""
+def _reset_peak(device: torch.device) -> float:
+    """Forgets the peak so far; returns what is in use, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    """A figure of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 def alone(*arguments: Any) -> dict[str, Any]:
@@ -104,42 +129,55 @@ def alone(*arguments: Any) -> dict[str, Any]:
         return pool.submit(measure, *arguments).result()
 
 
+def row(part: str, ours: list[dict[str, Any]], direct: list[dict[str, Any]], k_max: int) -> dict[str, Any]:
+    """A line of the table: medians over the rounds of one batch size and of the direct method."""
+    a, b = (torch.tensor(runs[0]["costs"], dtype=torch.float64) for runs in (ours, direct))
+    far = torch.ones_like(a, dtype=torch.bool).triu(k_max // 10 + 1)
+    middle = {key: [median(run[key] for run in runs) for runs in (ours, direct)] for key in MEASURED}
+    seconds, search, call, peak = (middle[key] for key in MEASURED)
+    return {
+        "part": part,
+        "noises at once": f"{ours[0]['batch']}, {direct[0]['batch']}",
+        "ours, s": seconds[0],
+        "direct, s": seconds[1],
+        "direct / ours, time": median(d["seconds"] / o["seconds"] for o, d in zip(ours, direct)),
+        "search beside the network: ours, MiB": search[0],
+        "direct, MiB": search[1],
+        "direct / ours, memory": search[1] / search[0],
+        "one network call: ours, direct, MiB": f"{call[0]:.0f}, {call[1]:.0f}",
+        "whole peak: ours, direct, MiB": f"{peak[0]:.0f}, {peak[1]:.0f}",
+        "largest difference of costs": float(((a - b).abs() / b)[far].max()),
+        "same schedules": "yes" if ours[0]["paths"] == direct[0]["paths"] else "no",
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and writes `bellman.json` and `bellman.md`."""
+    """Measures and writes `bellman.json` and `bellman.md`, or `bellman_cuda` on a GPU."""
     options = parser(__doc__)
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--n", type=int, default=100, help="noises")
     options.add_argument("--k-max", type=int, default=100)
     options.add_argument("--width", type=int, default=128, help="of the DDPM++; 128 is the CIFAR-10 preset (61.8 M)")
     options.add_argument("--parts", nargs="+", default=["costs", "network"], choices=["costs", "network"])
-    options.add_argument("--rounds", type=int, default=3, help="of the costs alone; the network runs once")
+    options.add_argument("--rounds", type=int, default=3, help="of the costs alone")
+    options.add_argument("--network-rounds", type=int, default=1, help="of the whole search")
+    options.add_argument("--batches", type=int, nargs="+", help="noises at once; what the search takes by default")
     given = options.parse_args(argv)
+    cuda = given.device == "cuda"
+    batches = given.batches or [bellman.batch_size(Size(SHAPE).numel(), given.k_max, torch.device(given.device))]
     rows, values = [], {}
     for part in given.parts:
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "direct": []}
-        for _ in range(given.rounds if part == "costs" else 1):
-            for method, done in runs.items():
-                done.append(alone(method, part, given.n, given.k_max, given.width, given.seed, given.threads))
-        a, b = (torch.tensor(runs[method][0].pop("costs"), dtype=torch.float64) for method in runs)
-        far = torch.ones_like(a, dtype=torch.bool).triu(given.k_max // 10 + 1)
-        seconds = {method: median(run["seconds"] for run in done) for method, done in runs.items()}
-        peak = {method: median(run["peak"] for run in done) for method, done in runs.items()}
+        runs: dict[int | None, list[dict[str, Any]]] = {batch: [] for batch in [*batches, None]}
+        for turn in range(given.rounds if part == "costs" else given.network_rounds):
+            for batch in list(runs)[:: -1 if turn % 2 else 1]:
+                own = (batch, part, given.device, given.n, given.k_max, given.width, given.seed, given.threads)
+                runs[batch].append(measure(*own) if cuda else alone(*own))
         what = "costs alone" if part == "costs" else f"whole search, DDPM++ of width {given.width}"
-        rows.append(
-            {
-                "part": what,
-                "ours, s": seconds["ours"],
-                "direct, s": seconds["direct"],
-                "direct / ours, time": seconds["direct"] / seconds["ours"],
-                "ours, MiB": peak["ours"],
-                "direct, MiB": peak["direct"],
-                "direct / ours, memory": peak["direct"] / peak["ours"],
-                "largest difference of costs": float(((a - b).abs() / b)[far].max()),
-                "same schedules": "yes" if runs["ours"][0]["paths"] == runs["direct"][0]["paths"] else "no",
-            }
-        )
-        values[part] = {method: [{k: v for k, v in r.items() if k != "costs"} for r in runs[method]] for method in runs}
-    title = f"Search of Bellman steps against the direct method, K_max = {given.k_max}, N = {given.n}, 3x32x32, CPU"
-    write("bellman", values, rows, title=title, seed=given.seed, out=given.out)
+        rows += [row(what, runs[batch], runs[None], given.k_max) for batch in batches]
+        values[part] = [{k: v for k, v in run.items() if k != "costs"} for done in runs.values() for run in done]
+    title = f"Search of Bellman steps against the direct method, K_max = {given.k_max}, N = {given.n}, 3x32x32, "
+    title += "GPU" if cuda else "CPU"
+    write("bellman_cuda" if cuda else "bellman", values, rows, title=title, seed=given.seed, out=given.out)
     return 0
 
 
