@@ -16,7 +16,7 @@ from penstock.lightning_modules.cli.conf import check_choice, conf_dirs, groups
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 KEYS = ("model", "data", "trainer", "callbacks", "logger", "seed_everything", "ckpt_path", "weights_only")
-OWN = ("run_dir", "objective", "shape", "num_classes", "image_size", "teacher")
+OWN = ("run_dir", "objective", "shape", "num_classes", "image_size", "teacher", "initial")
 SUGAR = {"model.lr": "model.optimizer.lr"}
 
 
@@ -101,12 +101,18 @@ def nest_init_args(node: Any) -> Any:
     return {"class_path": node["class_path"], **({"init_args": init_args} if init_args else {}), **nested}
 
 
-def compose(words: list[str], teacher: Callable[[str], str] = str) -> tuple[dict[str, Any], str]:
+def as_given(run: str, key: str) -> str:
+    """Leaves the name of a run as the user wrote it."""
+    return run
+
+
+def compose(words: list[str], find: Callable[[str, str], str] = as_given) -> tuple[dict[str, Any], str]:
     """Composes the words into LightningCLI's tree.
 
     Args:
         words: Of the command line.
-        teacher: Makes the path of a checkpoint from what the key `teacher` holds, before `${teacher}` is read.
+        find: Makes the path of a checkpoint from what the key `teacher` or `initial` holds, before `${teacher}` and
+            `${initial}` are read; `initial` only where it is read and is not the teacher.
 
     Returns:
         The tree (keys `model`, `data`, `trainer`, ...) and the run's name (experiment, else `<model>-<data>`).
@@ -130,7 +136,10 @@ def compose(words: list[str], teacher: Callable[[str], str] = str) -> tuple[dict
             choices = OmegaConf.to_container(config.hydra.runtime.choices)
         own_keys = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
         if own_keys.teacher is not None:
-            own_keys.teacher = teacher(str(own_keys.teacher))
+            own_keys.teacher = find(str(own_keys.teacher), "teacher")
+        own_start = own_keys.initial is not None and not OmegaConf.is_interpolation(own_keys, "initial")
+        if own_start and "${initial}" in OmegaConf.to_yaml(own_keys):
+            own_keys.initial = find(str(own_keys.initial), "initial")
         tree = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(refusal(error, "configuration", dict(zip(overrides, words)))) from error

@@ -18,8 +18,8 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 LAST = Path("checkpoints", "last.ckpt")
 
 
-def find_or_train(teacher: str) -> str:
-    """The absolute path of the teacher's checkpoint.
+def find_or_train(teacher: str, key: str = "teacher") -> str:
+    """The absolute path of the checkpoint of a teacher, or of a run to start from.
 
     A name of an experiment stands for the newest finished run under `runs/<name>/` that has the experiment's model,
     data and seed; an unfinished one goes on first, and without any the experiment is run. Processes that look for the
@@ -27,6 +27,7 @@ def find_or_train(teacher: str) -> str:
 
     Args:
         teacher: A checkpoint, a run folder, or the name of an experiment.
+        key: The key that names it, `teacher` or `initial`.
 
     Raises:
         UserError: none of these, or the training failed.
@@ -36,30 +37,28 @@ def find_or_train(teacher: str) -> str:
         return str(path.resolve())
     if path.is_dir():
         if not (path / LAST).is_file():
-            raise UserError(f"teacher={teacher}: no {LAST} in this folder; expected a run folder or a checkpoint")
+            raise UserError(f"{key}={teacher}: no {LAST} in this folder; expected a run folder or a checkpoint")
         return str((path / LAST).resolve())
     experiments = options("experiment")
     if teacher not in experiments:
-        raise UserError(
-            f"teacher={teacher}: no such file, run folder or experiment{did_you_mean(teacher, experiments)}"
-        )
+        raise UserError(f"{key}={teacher}: no such file, run folder or experiment{did_you_mean(teacher, experiments)}")
     wanted = compose([f"experiment={teacher}"], find_or_train)[0]
     home = Path("runs", teacher)
     with _alone(home):
         runs = [run for run in sorted(home.glob("*/"), reverse=True) if _same(run, wanted)]
         for run in runs:
             if _finished(run):
-                print(f"teacher: {run / LAST}", file=sys.stderr)
+                print(f"{key}: {run / LAST}", file=sys.stderr)
                 return str((run / LAST).resolve())
         unfinished = next((run for run in runs if (run / LAST).is_file()), None)
         run = unfinished or home / new_run_name()
-        print(f"teacher: {'goes on' if unfinished else 'trains first'}: {run}", file=sys.stderr)
+        print(f"{key}: {'goes on' if unfinished else 'trains first'}: {run}", file=sys.stderr)
         words = [f"ckpt_path={run / LAST}"] if unfinished else [f"experiment={teacher}"]
         code = _fit(words, run)
     if code == 130:
         raise KeyboardInterrupt
     if code or not (run / LAST).is_file():
-        raise UserError(f"teacher={teacher}: its training in '{run}' ended with exit code {code}")
+        raise UserError(f"{key}={teacher}: its training in '{run}' ended with exit code {code}")
     return str((run / LAST).resolve())
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
-from penstock.lightning_modules.cli.compose import SUGAR, compose, new_run_dir
+from penstock.lightning_modules.cli.compose import SUGAR, as_given, compose, new_run_dir
 from penstock.lightning_modules.cli.conf import groups
 from penstock.lightning_modules.cli.teacher import find_or_train
 from penstock.lightning_modules.errors import UserError
@@ -63,7 +63,7 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
         return [verb, *_as_flags(words)], new_run_dir(name)
     if not words:
         raise UserError(f"{verb}: nothing to run; expected experiment=NAME (penstock list experiments)")
-    tree, name = compose(words, find_or_train if run else str)
+    tree, name = compose(words, find_or_train if run else as_given)
     return {"subcommand": verb, verb: tree}, new_run_dir(name)
 
 

@@ -106,6 +106,36 @@ def test_a_checkpoint_or_a_run_by_path(tmp_path):
         assert tree["model"]["init_args"]["initial"] == tree["data"]["init_args"]["teacher"] == str(path)
 
 
+def test_a_second_stage_starts_from_the_first_and_has_its_pairs(tmp_path):
+    def asked(*words):
+        found = []
+        tree = compose([*words], lambda run, key: found.append((key, run)) or f"{run}.ckpt")[0]
+        return found, tree["model"]["init_args"]["initial"], tree["data"]["init_args"]["teacher"]
+
+    stages = {
+        "instaflow_sd15_lpips": ("reflow_sd15", "instaflow_sd15"),
+        "rectified_flow_pp_cifar10_real": ("edm_cifar10", "rectified_flow_pp_cifar10"),
+    }
+    for name, (flow, first) in stages.items():
+        experiment = f"experiment={name}"
+        both = [("teacher", flow), ("initial", first)]
+        assert asked(experiment) == (both, f"{first}.ckpt", f"{flow}.ckpt")
+        assert asked(experiment, "model.initial=a") == (both[:1], "a", f"{flow}.ckpt")
+        assert asked(experiment, "initial=a") == ([both[0], ("initial", "a")], "a.ckpt", f"{flow}.ckpt")
+    flow = "rectified_flow_digits"
+    assert asked("experiment=reflow_digits") == ([("teacher", flow)], f"{flow}.ckpt", f"{flow}.ckpt")
+
+
+def test_a_mistyped_start_is_one_line(tmp_path, capsys):
+    path = tmp_path / "last.ckpt"
+    path.touch()
+    words = ["experiment=instaflow_sd15_lpips", f"teacher={path}", "initial=instaflow_sd_15"]
+    assert main(["fit", *words]) == 2
+    error = capsys.readouterr().err
+    expected = "initial=instaflow_sd_15: no such file, run folder or experiment (did you mean 'instaflow_sd15'?)"
+    assert error == f"penstock: {expected}\n"
+
+
 def test_a_mistyped_teacher_is_one_line(capsys):
     assert main(["fit", "experiment=reflow_digits", "teacher=rectified_flow_digit"]) == 2
     assert (

@@ -69,7 +69,8 @@ def small(name, images):
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")
         teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET, "num_classes=0")
-        words = [f"teacher={teacher}", *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
+        starts = [f"teacher={teacher}", f"initial={teacher}"]
+        words = [*starts, *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
         return [*words, "data.real.memory_gb=0", *cheap_lpips(tree)]
     if kind == "Pairs":
         points = name.endswith("points")
