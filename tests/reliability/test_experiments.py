@@ -68,7 +68,8 @@ def small(name, images):
     if kind in ("Pairs", "RealPairs") and "cifar10" in name:
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")
-        teacher = teachers.shared("rectified_flow_cifar10", *TINY_UNET, "num_classes=0")
+        small_images = "_16" if name.endswith("_16") else ""
+        teacher = teachers.shared(f"rectified_flow_cifar10{small_images}", *TINY_UNET, "num_classes=0")
         starts = [f"teacher={teacher}", f"initial={teacher}"]
         words = [*starts, *TINY_UNET, *TINY_GRID, f"data.real.data_dir={CIFAR10}", *TINY_PAIRS]
         return [*words, "data.real.memory_gb=0", *cheap_lpips(tree)]
