@@ -84,6 +84,33 @@ class Draws:
         """
         return self._draw(name, shape, dtype, normal=True)
 
+    def both(
+        self,
+        normal: tuple[str, tuple[int, ...]],
+        uniform: tuple[str, tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """`normal(*normal, dtype), uniform(*uniform)`: a small batch in float32 on the CPU takes one pass for the two.
+
+        Args:
+            normal: stream and shape of the normal numbers.
+            uniform: stream and shape of the uniform ones, which are float32.
+            dtype: of the normal numbers.
+
+        Returns:
+            `(B, *normal[1])` and `(B, *uniform[1])`.
+        """
+        sizes = [math.prod(shape) for _, shape in (normal, uniform)]
+        blocks = [-(-n // 4) for n in sizes]
+        small = dtype == torch.float32 and len(self.index) * sum(blocks) <= CACHED
+        if not (small and _eager(self.index) and self.index.device.type == "cpu" and not use_triton(self.index)):
+            return self.normal(*normal, dtype), self.uniform(*uniform)
+        counters = [(stream(name), number) for (name, _), number in zip((normal, uniform), blocks)]
+        words = _words_on_host(self.index.numpy().view(np.uint64), self.seed, self.epoch, counters)
+        z = torch.from_numpy(_box_muller_host(words[0], np.dtype(np.float32))[:, : sizes[0]])
+        u = _open_unit(torch.from_numpy(words[1])[:, : sizes[1]], torch.float32)
+        return z.reshape(len(z), *normal[1]), u.view(len(u), *uniform[1])
+
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator keyed by (seed, epoch, stream `name`, the ordered `index`), which is copied to the host."""
         key = struct.pack("<QQ", self.seed, self.epoch) + name.encode() + b"\0"
@@ -96,14 +123,14 @@ class Draws:
             raise ValueError(f"Draws: dtype {dtype}, expected torch.float32 or torch.float64")
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
         n = math.prod(shape)
-        draw = reference if _eager_on_host(self.index) else philox
+        draw = _philox if _eager(self.index) else philox
         flat = draw(self.index, seed, self.epoch, stream(name), n, normal, dtype)
         return flat.view(self.index.shape[0], *shape)
 
 
-def _eager_on_host(index: Tensor) -> bool:
-    """Whether the operator, whose dispatch costs as much as a small draw, would do nothing but call `reference`."""
-    return type(index) is Tensor and index.device.type == "cpu" and not (is_compiling() or use_triton(index))
+def _eager(index: Tensor) -> bool:
+    """Whether nobody watches operators: the dispatch of one costs as much as a small draw."""
+    return type(index) is Tensor and index.device.type in ("cpu", "cuda") and not is_compiling()
 
 
 @torch.compiler.assume_constant_result
@@ -119,6 +146,10 @@ def philox(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bo
     Returns:
         `(B, n)` uniform in (0, 1) or standard normal.
     """
+    return _philox(index, seed, epoch, stream, n, normal, dtype)
+
+
+def _philox(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: bool, dtype: torch.dtype) -> Tensor:
     if use_triton(index):
         return _triton(index, seed, epoch, stream, n, normal, dtype)
     return reference(index, seed, epoch, stream, n, normal, dtype)
@@ -136,7 +167,7 @@ def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal:
         rows = max(1, CACHED // max(1, blocks))
         if len(index) > rows:
             return torch.cat([reference(part, seed, epoch, stream, n, normal, dtype) for part in index.split(rows)])
-        words = _words_on_host(index.numpy().view(np.uint64), seed, epoch, stream, blocks)
+        (words,) = _words_on_host(index.numpy().view(np.uint64), seed, epoch, [(stream, blocks)])
         if normal:
             return torch.from_numpy(_box_muller_host(words, np.dtype(str(dtype)[6:])))[:, :n].contiguous()
         return _open_unit(torch.from_numpy(words)[:, :n], dtype)
@@ -148,11 +179,13 @@ def reference(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal:
     return _open_unit(words[:, :n], dtype)
 
 
-def _words_on_host(index: np.ndarray, seed: int, epoch: int, stream: int, blocks: int) -> np.ndarray:
-    """The words `(B, 4 blocks)` as int64: the rounds of `philox4x32` in place, on flat arrays."""
-    i = np.repeat(index, blocks)
-    c0, c1 = np.tile(np.arange(blocks, dtype=np.uint64), len(index)), i & _MASK
-    c2, c3 = epoch ^ (i >> _HALF << _QUARTER) & _MASK, np.full_like(i, stream)
+def _words_on_host(index: np.ndarray, seed: int, epoch: int, streams: list[tuple[int, int]]) -> list[np.ndarray]:
+    """The words `(B, 4 blocks)` as int64 of each (stream, blocks): the rounds of `philox4x32` in place, flat arrays."""
+    block = np.concatenate([np.arange(blocks, dtype=np.uint64) for _, blocks in streams])
+    name = np.concatenate([np.full(blocks, stream, dtype=np.uint64) for stream, blocks in streams])
+    i = np.repeat(index, len(block))
+    c0, c3 = np.tile(block, len(index)), np.tile(name, len(index))
+    c1, c2 = i & _MASK, epoch ^ (i >> _HALF << _QUARTER) & _MASK
     p0, p1 = np.empty_like(i), np.empty_like(i)
     for k0, k1 in _round_keys(seed & MASK, seed >> 32 & MASK):
         np.multiply(c0, _M0, p0)
@@ -165,7 +198,9 @@ def _words_on_host(index: np.ndarray, seed: int, epoch: int, stream: int, blocks
         np.bitwise_xor(c2, k1, c2)
         np.bitwise_and(p1, _MASK, c1)
         np.bitwise_and(p0, _MASK, c3)
-    return np.stack((c0, c1, c2, c3), 1).view(np.int64).reshape(len(index), 4 * blocks)
+    words = np.stack((c0, c1, c2, c3), 1).view(np.int64).reshape(len(index), 4 * len(block))
+    ends = np.cumsum([4 * blocks for _, blocks in streams]).tolist()
+    return [words[:, start:end] for start, end in zip([0, *ends], ends)]
 
 
 @lru_cache(maxsize=8)
@@ -240,6 +275,7 @@ def _triton(index: Tensor, seed: int, epoch: int, stream: int, n: int, normal: b
                 NORMAL=normal,
                 DOUBLE=dtype == torch.float64,
                 SIZE=size,
+                WIDE=4 * (index.shape[0] * blocks + size) >= 2**31,
                 enable_fp_fusion=False,
             )
     return out
@@ -263,10 +299,14 @@ def _philox_kernel(
     NORMAL: tl.constexpr,
     DOUBLE: tl.constexpr,
     SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    group = program * SIZE + tl.arange(0, SIZE)
     block = group % blocks
-    i = tl.load(index + group // blocks * stride, mask=group < total, other=0)
+    i = tl.load(index + (group // blocks).to(tl.int64) * stride, mask=group < total, other=0)
     c1 = i.to(tl.uint32)
     c2 = epoch.to(tl.uint32) ^ ((i >> 32) << 16).to(tl.uint32)
     c3 = tl.zeros_like(c1) + stream.to(tl.uint32)
@@ -286,7 +326,7 @@ def _philox_kernel(
         y0, y1 = r0 * tl.cos(a1), r0 * tl.sin(a1)
         y2, y3 = r2 * tl.cos(a3), r2 * tl.sin(a3)
     y = tl.interleave(tl.interleave(y0, y2), tl.interleave(y1, y3))
-    place = tl.program_id(0).to(tl.int64) * (4 * SIZE) + tl.arange(0, 4 * SIZE)
+    place = program * (4 * SIZE) + tl.arange(0, 4 * SIZE)
     element = place // 4 % blocks * 4 + place % 4
     keep = (place // 4 < total) & (element < n)
     tl.store(out + place // 4 // blocks * n + element, y, mask=keep)

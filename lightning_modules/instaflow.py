@@ -149,8 +149,11 @@ class InstaFlow(FlowModule):
         else:
             noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
             x1 = self.autoencoder.encode(batch["image"], noise)
-        x0 = batch["source"] if "source" in batch else draws.normal("noise", shape, x1.dtype)
-        u, dropped = draws.uniform("time", (2,)).unbind(1)
+        if "source" in batch:
+            x0, scalars = batch["source"], draws.uniform("time", (2,))
+        else:
+            x0, scalars = draws.both(("noise", shape), ("time", (2,)), x1.dtype)
+        u, dropped = scalars.unbind(1)
         cond = self.net.drop_condition(self.condition(batch), dropped < self.condition_dropout)
         t = self.times.quantile(u)
         x_t = self.path.interpolate(x0, x1, t)

@@ -68,10 +68,13 @@ class RectifiedFlow(FlowModule):
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped conditions come from `draws`."""
         x1 = batch[self.key]
-        x0 = batch["source"] if "source" in batch else draws.normal("noise", x1.shape[1:], x1.dtype)
+        if "source" in batch:
+            x0, scalars = batch["source"], draws.uniform("time", (2,))
+        else:
+            x0, scalars = draws.both(("noise", x1.shape[1:]), ("time", (2,)), x1.dtype)
         if not isinstance(self.coupling, Independent):
             x0, x1, _ = self.coupling.pair(x0, x1, draws.generator("coupling"))
-        u, dropped = draws.uniform("time", (2,)).unbind(1)
+        u, dropped = scalars.unbind(1)
         cond = self.condition(batch)
         if cond is not None and self.condition_dropout:
             cond = self.net.drop_condition(cond, dropped < self.condition_dropout)

@@ -18,7 +18,8 @@ class Throughput(Callback):
     `throughput/steps_per_second`, `throughput/samples_per_second` (over all ranks) and `throughput/peak_memory_gib` (of
     rank 0: CUDA allocations, or the resident set without a GPU). At the end of each epoch logs `train_seconds`: wall
     time spent in training epochs so far, without set-up, validation and sampling; a resumed run goes on counting.
-    Between two readings nothing waits for the device.
+    Between two readings nothing waits for the device. The loggers get the readings without the trainer's bookkeeping
+    of metrics, which costs milliseconds.
     """
 
     def __init__(self) -> None:
@@ -67,16 +68,13 @@ class Throughput(Callback):
         self._stop(pl_module.device)
         self._since = time.perf_counter()
         seconds, steps = self.train_seconds - self._mark[0], step - self._mark[1]
-        pl_module.log_dict(
-            {
-                "throughput/steps_per_second": steps / seconds,
-                "throughput/samples_per_second": self._samples * trainer.world_size / seconds,
-                "throughput/peak_memory_gib": peak_memory(pl_module.device) / 2**30,
-            },
-            on_step=True,
-            on_epoch=False,
-            rank_zero_only=True,
-        )
+        readings = {
+            "throughput/steps_per_second": steps / seconds,
+            "throughput/samples_per_second": self._samples * trainer.world_size / seconds,
+            "throughput/peak_memory_gib": peak_memory(pl_module.device) / 2**30,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(readings, step - 1)
         self._mark, self._samples = (self.train_seconds, step), 0
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

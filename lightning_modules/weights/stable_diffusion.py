@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.stable_diffusion import Reading, StableDiffusion
-from penstock.lightning_modules.nets.text_encoder import TextEncoder
+from penstock.lightning_modules.nets.text_encoder import TextEncoder, to_device
 
 PLACES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -127,7 +127,7 @@ class ClipText(TextEncoder):
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids
         with torch.autocast(torch.device(device).type, enabled=False):
-            return _on(self._net, device)(ids.to(device)).last_hidden_state.float()
+            return _on(self._net, device)(to_device(ids, device)).last_hidden_state.float()
 
 
 class KLAutoencoder(Autoencoder):

@@ -125,6 +125,16 @@ def test_uniform_of_both_precisions_is_the_same_draw():
     )
 
 
+@pytest.mark.parametrize(("size", "shape"), [(5, (3, 7)), (0, (2,)), (3000, (2, 16))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_draws_at_once_are_the_two_draws(size, shape, dtype):
+    draws = Draws(7, 2, torch.arange(size) * 11)
+    z, u = draws.both(("noise", shape), ("time", (2,)), dtype)
+    assert (z.shape, u.shape, z.dtype, u.dtype) == ((size, *shape), (size, 2), dtype, torch.float32)
+    assert torch.equal(z, draws.normal("noise", shape, dtype))
+    assert torch.equal(u, draws.uniform("time", (2,)))
+
+
 def test_empty_batch_and_empty_shape():
     assert Draws(0, 0, torch.arange(0)).normal("n", (3,)).shape == (0, 3)
     assert Draws(0, 0, torch.arange(2)).uniform("n", (0, 3)).shape == (2, 0, 3)

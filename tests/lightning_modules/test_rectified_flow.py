@@ -56,6 +56,9 @@ class Stored:
     def uniform(self, name, shape=()):
         return self.u if not shape else self.u[:, None].expand(-1, *shape)
 
+    def both(self, normal, uniform, dtype):
+        return self.noise, self.uniform(*uniform)
+
 
 VARIANTS = {
     "rf": (Uniform(1e-3), "mean"),

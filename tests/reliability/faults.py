@@ -94,3 +94,29 @@ class Interrupt(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step - 1 and not trainer.ckpt_path:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class NoWaiting(Callback):
+    """Makes every wait for the GPU inside a training step an error, from the third step on; listed last.
+
+    Args:
+        allowed: Steps that may wait: those where the trainer logs.
+    """
+
+    def __init__(self, allowed: list[int]):
+        self.allowed = allowed
+        self.watched = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > 2 and trainer.global_step + 1 not in self.allowed:
+            self.watched += 1
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Path(trainer.default_root_dir, "watched").write_text(str(self.watched))

@@ -59,7 +59,8 @@ def command(*words: str) -> list[str]:
 def variables(**more: str) -> dict[str, str]:
     """The environment of such a process: one thread, the modules of this folder importable."""
     kept = {k: v for k, v in os.environ.items() if k not in RUN_VARIABLES}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "WANDB_MODE": "offline", **more}
+    path = os.pathsep.join([str(HERE), *filter(None, [kept.get("PYTHONPATH")])])
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "WANDB_MODE": "offline", **more}
 
 
 def on_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 900) -> list[list[Done]]:
