@@ -9,11 +9,12 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from penstock.benchmarks.launch import fitted
+from penstock.benchmarks.launch import fitted, kept
 from penstock.benchmarks.report import parser, write
 
 CALLBACKS = "penstock.lightning_modules.callbacks"
@@ -79,14 +80,18 @@ def speed(
     return found, rows
 
 
-def curve(words: list[str], perf: str, minutes: float, nfe: int, threads: int | None) -> list[dict[str, Any]]:
-    """The distance against training time in a run of `minutes`, set-up and validation included."""
+def curve(
+    words: list[str], perf: str, minutes: float, nfe: int, threads: int | None, run: Path | None
+) -> list[dict[str, Any]]:
+    """The distance against training time in a run of `minutes`, set-up and validation included; kept in `run`."""
     limit = f"{int(minutes // 60):02d}:{int(minutes % 60):02d}:{round(60 * (minutes % 1)):02d}"
     own = [f"perf={perf}", f"trainer.max_time='00:{limit}'", "trainer.max_steps=-1", "callbacks.ema.decay=0.999"]
     own += [f"callbacks.metrics.steps=[{nfe}]", "callbacks.metrics.every_n_validations=1", "model.scheduler.warmup=500"]
     name = f"fd_mobilenetv2/{nfe}"
-    with fitted([*words, *own], threads) as run:
-        distance, clock = readings(run, name), readings(run, "train_seconds")
+    with fitted([*words, *own], threads) if run is None else nullcontext(run) as folder:
+        if run is not None:
+            kept([*words, *own], run, threads)
+        distance, clock = readings(folder, name), readings(folder, "train_seconds")
     seconds = dict(clock)
     rows = []
     for step, value in distance:
@@ -108,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--speed-steps", type=int, default=400)
     options.add_argument("--rounds", type=int, default=3, help="runs of each setting in the comparison of speed")
     options.add_argument("--minutes", type=float, default=8.0)
+    options.add_argument("--keep", type=Path, help="folder that keeps the run of the curve")
     options.add_argument("--every", type=int, default=2, help="epochs between two points of the curve")
     options.add_argument("--n", type=int, help="samples of a score; 20 on a CPU, 5000 on a GPU by default")
     options.add_argument("--limit", type=int, help="images of each split; 200 on a CPU, all on a GPU by default")
@@ -143,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             title = f"CIFAR-10, DDPM++: distance during {given.minutes:g} minutes on {given.device}"
             every = f"trainer.check_val_every_n_epoch={given.every}"
-            rows = curve([*words, every, *given.word], given.perf, given.minutes, 20, given.threads)
+            rows = curve([*words, every, *given.word], given.perf, given.minutes, 20, given.threads, given.keep)
         write(f"cifar10_{given.device}_{part}", values, rows, title=title, seed=given.seed, out=given.out)
     return 0
 
