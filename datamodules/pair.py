@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from penstock.datamodules.base import KindDataModule, Split, View, fingerprint
 from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, PartneredBatchSampler
@@ -75,6 +76,15 @@ class Pair(KindDataModule):
             return super().reference_dataloader(split)
         self.source.trainer, self.source.eval_batch_size = self.trainer, self.eval_batch_size
         return self.source.reference_dataloader(split)
+
+    def sources(self, view: View, rows: np.ndarray) -> Tensor:
+        """Source samples `(b, *shape)` of rows `(b,)` of a view of the source, as evaluation sees them."""
+        return self.source.finished(view.fetch(rows))[self._key]
+
+    def starts(self, n: int) -> Tensor:
+        """The first source samples `(n, *shape)` of the test split, or all of them: where the flow starts."""
+        view = self.source.view("test")
+        return self.sources(view, np.arange(min(n, len(view))))
 
     def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = super().finished(batch)

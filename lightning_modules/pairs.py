@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penstock.kernels.philox import Draws
-from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
 from penstock.lightning_modules.checkpoints import fingerprint
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.grids import uniform
@@ -97,13 +98,21 @@ class PairMaker:
         device: Where the teacher runs.
 
     Raises:
-        UserError: the file can't be read or is no flow's.
+        UserError: the file can't be read, is no flow's, or that flow starts from data where noise is expected.
     """
+
+    source_is_data = False
 
     def __init__(self, teacher: str | Path, recipe: Recipe, device: torch.device | str = "cpu"):
         model = model_from_checkpoint(Path(teacher))
         if not isinstance(model, FlowModule):
             raise UserError(f"teacher '{teacher}': a {type(model).__name__}, expected a flow that makes samples")
+        if starts_from_data(Path(teacher)) != self.source_is_data:
+            found, expected = ("noise", "data") if self.source_is_data else ("data", "noise")
+            pairs = {"noise": "Pairs", "data": "SourcePairs"}[found]
+            raise UserError(
+                f"teacher '{teacher}': a flow from {found}, expected one from {expected}; its pairs are made by {pairs}"
+            )
         self.model = model.to(device).requires_grad_(False)
         self.teacher, self.recipe = Path(teacher), recipe
         self.weights = fingerprint(model)
@@ -120,12 +129,16 @@ class PairMaker:
         """Classes in turn, `index mod num_classes`, or None for an unconditional teacher."""
         return index % self.model.num_classes if self.model.num_classes else None
 
+    def start(self, index: Tensor, draws: Draws) -> Tensor:
+        """States `(b, *shape)` at t = 0 of samples `index`: noise."""
+        return draws.normal("pairs", self.shape) * self.model.path.source_std
+
     @torch.no_grad()
     def make(self, index: Tensor, draws: Draws, label: Tensor | None = None) -> dict[str, Tensor]:
         """The pairs of samples `index` `(b,)`, on its device: `source`, the data, `label`, or `states` and `label`."""
         recipe, model = self.recipe, self.model
         label = self.labels(index) if label is None else label
-        x = draws.normal("pairs", self.shape) * model.path.source_std
+        x = self.start(index, draws)
         options = {"cond": label, "guidance": recipe.guidance, "solver": recipe.solver}
         labelled = {} if label is None else {"label": label}
         if recipe.keep is None:
@@ -141,6 +154,12 @@ class PairMaker:
             index = torch.arange(first, first + self.recipe.batch, device=self.model.device)
             made = self.make(index, Draws(self.recipe.seed, 0, index))
             yield {key: value[: rows.stop - first].cpu() for key, value in made.items()}
+
+
+def starts_from_data(teacher: Path) -> bool:
+    """Whether the DataModule that a flow was trained on gives the points that it starts from (`starts`)."""
+    data = config_of_checkpoint(teacher).get("data") or {}
+    return hasattr(locate(data.get("class_path", "")), "starts")
 
 
 def write_pairs(

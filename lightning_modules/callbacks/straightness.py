@@ -35,7 +35,8 @@ class Straightness(EvaluationCallback):
     """Logs `straightness`, S(Z) of the run's flow (0 = straight), and `straightness/teacher` of the one before it.
 
     Draws `samples/straightness.png`, `E |Z_1 - Z_0 - v(Z_t, t)|^2` over t, and for flows of points (2-D)
-    `samples/trajectories.png`: the paths of the same noise, before and after.
+    `samples/trajectories.png`: paths from the same points, before and after. They start at noise, or in flows from data
+    to data at source samples of the test split, which the DataModule's `starts` gives.
 
     Args:
         teacher: Checkpoint of the flow before this one; None shows this one alone.
@@ -66,10 +67,12 @@ class Straightness(EvaluationCallback):
 
     def evaluate(self, trainer: pl.Trainer, pl_module: FlowModule) -> None:
         """The same on every rank, as sharded networks need; rank 0 draws."""
-        flows = {"this flow": follow(pl_module, self.n, self.steps, self.seed)}
+        starts = getattr(trainer.datamodule, "starts", None)
+        x0 = noises(pl_module, self.n, self.seed) if starts is None else starts(self.n).to(pl_module.device)
+        flows = {"this flow": follow(pl_module, x0, self.steps)}
         if self.teacher:
             before = model_from_checkpoint(Path(self.teacher)).to(pl_module.device)
-            flows = {"teacher": follow(before, self.n, self.steps, self.seed), **flows}
+            flows = {"teacher": follow(before, x0, self.steps), **flows}
         values = {"straightness": flows["this flow"].deviation.mean()}
         if "teacher" in flows:
             values["straightness/teacher"] = flows["teacher"].deviation.mean()
@@ -82,12 +85,16 @@ class Straightness(EvaluationCallback):
             keep_picture(trainer, rendered(draw_paths(flows)), f"trajectories{suffix}", "trajectories")
 
 
-@torch.no_grad()
-def follow(flow: FlowModule, n: int, steps: int, seed: int) -> Paths:
-    """Euler paths of `n` noises that depend on (seed, number) alone, with classes in turn."""
+def noises(flow: FlowModule, n: int, seed: int) -> Tensor:
+    """`(n, *shape)` noises that depend on (seed, number) alone."""
     index = torch.arange(n, device=flow.device)
-    x0 = Draws(seed, 0, index).normal("straightness", tuple(flow.net.shape)) * flow.path.source_std
-    cond = index % flow.num_classes if flow.num_classes else None
+    return Draws(seed, 0, index).normal("straightness", tuple(flow.net.shape)) * flow.path.source_std
+
+
+@torch.no_grad()
+def follow(flow: FlowModule, x0: Tensor, steps: int) -> Paths:
+    """Euler paths from `x0` `(n, *shape)`, with classes in turn."""
+    cond = torch.arange(len(x0), device=x0.device) % flow.num_classes if flow.num_classes else None
     training = flow.training
     flow.eval()
     states = flow.integrate(x0, steps, cond=cond, solver=Euler(), trajectory=True).trajectory
@@ -110,13 +117,16 @@ def draw_deviation(flows: dict[str, Paths]) -> Figure:
 
 
 def draw_paths(flows: dict[str, Paths]) -> Figure:
-    """Paths of points `(n, 2)`, one panel a flow: noise in grey, data in red."""
-    figure = Figure(figsize=(5 * len(flows), 5), dpi=110)
-    for axes, (name, paths) in zip(figure.subplots(1, len(flows), squeeze=False)[0], flows.items()):
+    """Paths of points `(n, 2)`, one panel a flow on the same axes: rings at t = 0, red points at t = 1."""
+    figure = Figure(figsize=(5 * len(flows), 5.4), dpi=110)
+    panels = figure.subplots(1, len(flows), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (name, paths) in zip(panels, flows.items()):
         x, y = paths.states[:, :SHOWN].permute(2, 0, 1)
-        axes.plot(x, y, color="tab:blue", linewidth=0.5, alpha=0.5)
-        for place, colour in ((0, "tab:gray"), (-1, "tab:red")):
-            axes.scatter(x[place], y[place], s=8, color=colour, zorder=3)
-        axes.set_title(name)
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.plot(x, y, color="tab:blue", linewidth=0.9, alpha=0.7)
+        axes.scatter(x[0], y[0], s=12, facecolor="white", edgecolor="tab:gray", zorder=3, label="t = 0 (source)")
+        axes.scatter(x[-1], y[-1], s=10, color="tab:red", zorder=4, label="t = 1 (data)")
+        axes.set_title(f"{name}: S = {paths.deviation.mean():.3g}")
+        axes.set_aspect("equal", adjustable="box")
+        axes.set_xlabel(" ")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
     return figure

@@ -55,7 +55,7 @@ def runs(folder, name):
     return sorted(p.parent for p in (folder / "runs" / name).glob("*/config.yaml"))
 
 
-def test_one_command_trains_the_teacher_and_finds_it_afterwards(quick):
+def test_one_command_trains_the_teacher_and_finds_it_afterwards_also_for_a_third_flow(quick):
     first = penstock("fit", "experiment=second")
     (flow,), (second,) = runs(quick, "flow"), runs(quick, "second")
     assert "teacher: trains first" in first.stderr
@@ -71,8 +71,18 @@ def test_one_command_trains_the_teacher_and_finds_it_afterwards(quick):
     assert f"teacher: {flow.relative_to(quick)}/checkpoints/last.ckpt" in again.stderr
     assert runs(quick, "flow") == [flow]
     assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == stamps
-    a, b = (json.loads((run / "metrics.json").read_text())["test/loss"] for run in runs(quick, "second"))
-    assert a == b
+    a, b = (json.loads((run / "metrics.json").read_text()) for run in runs(quick, "second"))
+    assert a["test/loss"] == b["test/loss"]
+
+    penstock("fit", "experiment=second", "teacher=second")
+    *_, second, third = runs(quick, "second")
+    config = yaml.safe_load((third / "config.yaml").read_text())
+    checkpoint = str(second / "checkpoints" / "last.ckpt")
+    assert config["data"]["init_args"]["teacher"] == config["model"]["init_args"]["initial"] == checkpoint
+    (made,) = (second / "pairs").glob("[!.]*")
+    assert json.loads((made / "pairs.json").read_text())["teacher"] == checkpoint
+    c = json.loads((third / "metrics.json").read_text())
+    assert c["straightness/teacher"] == pytest.approx(b["straightness"], rel=1e-2)
 
 
 def test_an_unfinished_teacher_goes_on_and_another_one_is_passed_over(quick, capsys):

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from penstock.datamodules.digits import Digits
+from penstock.datamodules.pair import Pair
 from penstock.datamodules.pairs import Pairs
-from penstock.datamodules.real_pairs import RealPairs
+from penstock.datamodules.points import Points
+from penstock.datamodules.real_pairs import RealPairs, SourcePairs
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.solvers import Heun
 
@@ -161,3 +164,44 @@ def test_real_pairs_are_training_images_and_their_codes(teacher, tmp_path):
         RealPairs(Digits(), str(teacher), keep=[0, 2], **SMALL).setup()
     with pytest.raises(UserError, match=r"data.online"):
         RealPairs(Digits(), str(teacher), online=True, **SMALL).setup()
+
+
+def modes(size=80):
+    return Pair(Points("three_modes_source", size=size), Points("three_modes", size=size))
+
+
+def test_pairs_from_a_source_data_set(make_teacher, tmp_path):
+    teacher = make_teacher(experiment="rectified_flow_three_modes")
+    data = SourcePairs(modes(), str(teacher), folder=str(tmp_path), **{**SMALL, "n": 70})
+    data.setup()
+    source = Points("three_modes_source", size=80)
+    source.setup()
+    rows = np.array([0, 9, 69])
+    batch = data.store.fetch(rows)
+    assert torch.equal(batch["source"], source.view("train").fetch(rows)["points"])
+    with torch.no_grad():
+        expected = model_from_checkpoint(teacher).decode(batch["source"], steps=2)
+    torch.testing.assert_close(batch["points"], expected)
+    assert torch.equal(data.starts(5), source.view("test").fetch(np.arange(5))["points"])
+    assert len(data.starts(100)) == 8
+    everything = SourcePairs(modes(), str(teacher), **{**SMALL, "n": 10**6})
+    everything.setup()
+    assert sum(map(len, everything.numbers.values())) == 80
+    states = SourcePairs(modes(), str(teacher), keep=[0, 1, 2], **SMALL)
+    states.setup()
+    assert states.store.fetch(rows[:2])["states"].shape == (2, 3, 2)
+    with pytest.raises(UserError, match=r"data.online"):
+        SourcePairs(modes(), str(teacher), online=True, **SMALL).setup()
+    with pytest.raises(UserError, match=r"data.real: found Digits, expected Pair"):
+        SourcePairs(Digits(), str(teacher), **SMALL).setup()
+
+
+def test_noise_and_a_source_are_not_mixed_up(make_teacher, tmp_path, capsys):
+    flows = {name: make_teacher(experiment=f"rectified_flow_{name}") for name in ("points", "three_modes")}
+    with pytest.raises(UserError, match=r"a flow from data, expected one from noise; its pairs .* SourcePairs"):
+        Pairs(Points(size=80), str(flows["three_modes"]), **SMALL).setup()
+    with pytest.raises(UserError, match=r"a flow from noise, expected one from data; its pairs .* Pairs"):
+        SourcePairs(modes(), str(flows["points"]), **SMALL).setup()
+    assert main(["pairs", f"ckpt_path={flows['three_modes']}", f"out={tmp_path / 'p'}"]) == 2
+    assert "a flow from data, expected one from noise" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()

@@ -54,7 +54,6 @@ def small(name, images):
     if "stable_diffusion" in net:
         pytest.skip("needs a folder of diffusers: tests/lightning_modules/weights/test_stable_diffusion.py makes one")
     kind = data["class_path"].rpartition(".")[2]
-    sides = [part.get("class_path", "") for part in data.get("init_args", {}).values() if isinstance(part, dict)]
     if kind == "Images" and "cifar10" in data["init_args"]["name"]:
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")
@@ -62,9 +61,17 @@ def small(name, images):
     if kind == "Images":
         folder = [f"data.data_dir={images}", "data.batch_size=2", "data.num_workers=0", "data.val_fraction=0.2"]
         return [*TINY_UNET, *TINY_GRID, *folder, "data.image_size=16", "shape=[3,16,16]"]
-    if kind == "Pair" and sides[0].endswith("Images"):
-        folders = [f"data.{side}.data_dir={images}" for side in ("source", "target")]
-        return [*TINY_UNET, *folders, "data.target.batch_size=2", "image_size=16"]
+    if name.endswith("transfer"):
+        own = [*TINY_UNET, "image_size=16"]
+        folder = "data" if kind == "Pair" else "data.real"
+        own += [f"{folder}.{side}.data_dir={images}" for side in ("source", "target")]
+        if kind == "Pair":
+            return [*own, "data.target.batch_size=2"]
+        return [*own, f"teacher={teachers.shared('rectified_flow_transfer', *TINY_UNET, 'image_size=16')}", *TINY_PAIRS]
+    if name == "rectified_flow_three_modes":
+        return ["callbacks.straightness.n=4"]
+    if name == "reflow_three_modes":
+        return [f"teacher={teachers.shared('rectified_flow_three_modes')}", "callbacks.straightness.n=4", *TINY_PAIRS]
     if kind in ("Pairs", "RealPairs") and "cifar10" in name:
         if not CIFAR10.is_dir():
             pytest.skip(f"no CIFAR-10 at {CIFAR10}")

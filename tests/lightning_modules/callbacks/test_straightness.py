@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.lightning_modules.callbacks.straightness import Straightness, follow
+from penstock.lightning_modules.callbacks.straightness import Straightness, follow, noises
 from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.rectified_flow import RectifiedFlow
@@ -30,7 +30,8 @@ class Gaussian(nn.Module):
 
 @pytest.mark.parametrize(("steps", "expected"), [(10, 0.37918), (100, 0.42374), (1000, 0.42865)])
 def test_first_flow_has_the_printed_straightness(steps, expected):
-    paths = follow(RectifiedFlow(Gaussian(1.0, False), torch.optim.Adam, eps=1e-6), 4000, steps, seed=0)
+    flow = RectifiedFlow(Gaussian(1.0, False), torch.optim.Adam, eps=1e-6)
+    paths = follow(flow, noises(flow, 4000, seed=0), steps)
     scale = paths.states[0].square().sum(1).mean()
     assert float(paths.deviation.mean() / scale) == pytest.approx(expected, rel=1e-3)
     assert paths.states.shape == (steps + 1, 4000, 2)
@@ -38,14 +39,15 @@ def test_first_flow_has_the_printed_straightness(steps, expected):
 
 @pytest.mark.parametrize("s", [0.5, 2.0])
 def test_second_flow_is_straight(s):
-    paths = follow(RectifiedFlow(Gaussian(s, True), torch.optim.Adam, eps=1e-6), 100, 50, seed=0)
+    flow = RectifiedFlow(Gaussian(s, True), torch.optim.Adam, eps=1e-6)
+    paths = follow(flow, noises(flow, 100, seed=0), 50)
     assert float(paths.deviation.max()) < 1e-8
     torch.testing.assert_close(paths.states[-1], s * paths.states[0], rtol=1e-4, atol=1e-4)
 
 
 def test_same_noise_for_both_flows():
-    a, b = (follow(RectifiedFlow(Gaussian(1.0, r), torch.optim.Adam), 10, 3, seed=4) for r in (False, True))
-    assert torch.equal(a.states[0], b.states[0])
+    a, b = (noises(RectifiedFlow(Gaussian(1.0, r), torch.optim.Adam), 10, seed=4) for r in (False, True))
+    assert torch.equal(a, b)
 
 
 def test_a_run_leaves_both_pictures(make_teacher, tmp_path, monkeypatch):
@@ -65,3 +67,17 @@ def test_a_run_leaves_both_pictures(make_teacher, tmp_path, monkeypatch):
 def test_numbers_out_of_range():
     with pytest.raises(UserError, match=r"Straightness.n: 1 given"):
         Straightness(n=1)
+
+
+def test_the_reflow_of_a_flow_from_data_to_data_is_straighter(tmp_path, monkeypatch):
+    short = ["trainer.max_epochs=-1", "trainer.max_steps=300", "trainer.limit_val_batches=0", "trainer.accelerator=cpu"]
+    short += ["logger=csv", "callbacks.ema.decay=0.95", "callbacks.straightness.steps=20"]
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "first"))
+    assert main(["fit", "experiment=rectified_flow_three_modes", *short, "data.target.batch_size=500"]) == 0
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "second"))
+    words = [f"teacher={tmp_path / 'first'}", "data.n=2000", "data.shard=2000", "data.steps=20", "data.batch_size=500"]
+    assert main(["fit", "experiment=reflow_three_modes", *short, *words, "model.lr=5e-3"]) == 0
+    first, second = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("first", "second"))
+    assert second["straightness/teacher"] == pytest.approx(first["straightness"], rel=1e-5)
+    assert second["straightness"] < first["straightness"] / 5
+    assert (tmp_path / "second" / "samples" / "trajectories.png").is_file()
