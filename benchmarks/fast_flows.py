@@ -8,7 +8,6 @@ where it was stopped, and the tables are written anew after every run. The dista
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from penstock.benchmarks.launch import kept, process
+from penstock.benchmarks.launch import COST, kept, process
 from penstock.benchmarks.report import parser, write
 from penstock.lightning_modules.cli.compare import plot_calls
 
@@ -98,10 +97,7 @@ class Laboratory:
             words.append(f"teacher={self.work / Stage(TEACHER, stage.seed).name}")
         words += [f"trainer.accelerator={'gpu' if given.device == 'cuda' else 'cpu'}", "trainer.devices=1"]
         words += ["callbacks.metrics=null", *stage.words(), *own(given.word, stage.method)]
-        start, new = time.perf_counter(), not run.exists()
         kept(words, run, given.threads)
-        if new:
-            (run / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
         scored = run / f"scores_{self.n}.json"
         if scored.is_file() and set(map(label, stage.steps(given.nfe))) <= set(self.scores(stage)["fd_pixels"]):
             return
@@ -121,15 +117,15 @@ class Laboratory:
         return found
 
     def costs(self, stage: Stage) -> dict[str, float]:
-        """Steps and seconds of training; `whole_seconds` is the process with its pairs, if it was never stopped."""
+        """Steps and seconds of training; `seconds` and `cpu_seconds` of the whole process, if it was never stopped."""
         run = self.work / stage.name
         if not (run / "metrics.json").is_file():
             return {}
         with (run / "metrics.csv").open(encoding="utf-8") as file:
             steps = max(int(line.split(",")[0]) for line in list(file)[1:])
         found = {"steps": steps, "train_seconds": json.loads((run / "metrics.json").read_text())["train_seconds"]}
-        whole = run / "seconds.json"
-        return found | ({"whole_seconds": json.loads(whole.read_text())} if whole.is_file() else {})
+        whole = run / COST
+        return found | (json.loads(whole.read_text()) if whole.is_file() else {})
 
 
 def own(words: Sequence[str], method: str) -> Iterator[str]:
@@ -176,11 +172,12 @@ def tables(lab: Laboratory, methods: Sequence[str]) -> tuple[dict[str, Any], lis
         if not any(found.values()):
             continue
         costs = [lab.costs(stage) for stage in mine]
-        row: dict[str, Any] = {"flow": name} | {key: spread(kept_values) for key, kept_values in found.items()}
-        whole = [cost["whole_seconds"] for cost in costs if "whole_seconds" in cost]
+        row: dict[str, Any] = {"flow": name} | {key: spread(each) for key, each in found.items()}
+        whole = {key: [cost[key] for cost in costs if key in cost] for key in ("seconds", "cpu_seconds")}
         row |= {
             "training, s": round(fmean(cost["train_seconds"] for cost in costs)) if not prefix else 0,
-            "with pairs and pictures, s": round(fmean(whole)) if whole and not prefix else None,
+            "whole process, s": round(fmean(whole["seconds"])) if whole["seconds"] and not prefix else None,
+            "its CPU time, s": round(fmean(whole["cpu_seconds"])) if whole["cpu_seconds"] and not prefix else None,
             "steps": costs[0]["steps"] if not prefix else 0,
             "seeds": len({stage.seed for stage in mine}),
         }

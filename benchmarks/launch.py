@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+COST = "cost.json"
 
 
 @contextmanager
@@ -22,12 +25,15 @@ def fitted(words: list[str], threads: int | None = None) -> Iterator[Path]:
         RuntimeError: the run failed; its last lines are the message.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fit(words, Path(folder), threads)
+        fit(["logger=csv", *words], Path(folder), threads)
         yield Path(folder)
 
 
 def kept(words: list[str], run: Path, threads: int | None = None) -> None:
     """`penstock fit <words>` in the folder `run`: nothing where it has finished, and it goes on where it was stopped.
+
+    `cost.json` in the folder then holds `seconds` and `cpu_seconds` of the whole process (set-up, pairs, pictures and
+    test included), unless it was stopped on the way.
 
     Raises:
         RuntimeError: the run failed; its last lines are the message.
@@ -35,35 +41,32 @@ def kept(words: list[str], run: Path, threads: int | None = None) -> None:
     metrics, last = run / "metrics.json", run / "checkpoints" / "last.ckpt"
     if metrics.is_file() and last.is_file() and "test/loss" in json.loads(metrics.read_text()):
         return
+    new, start = not run.exists(), time.perf_counter()
     run.mkdir(parents=True, exist_ok=True)
-    fit([f"ckpt_path={last}"] if last.is_file() else ["logger=csv", *words], run, threads, log=run / "fit.log")
+    used = fit([f"ckpt_path={last}"] if last.is_file() else ["logger=csv", *words], run, threads, run / "fit.log")
+    if new:
+        (run / COST).write_text(json.dumps({"seconds": time.perf_counter() - start, "cpu_seconds": used}))
 
 
-def fit(words: list[str], run: Path, threads: int | None = None, log: Path | None = None) -> None:
-    """`penstock fit <words>` with the run folder `run`; with the csv logger unless a checkpoint says which.
-
-    Raises:
-        RuntimeError: the run failed; its last lines are the message.
-    """
-    logger = [] if any(word.startswith(("logger=", "ckpt_path=")) for word in words) else ["logger=csv"]
-    command = [sys.executable, "-m", "penstock.lightning_modules", "fit", *logger, *words]
-    process(command, {"RUN_DIR": str(run)}, threads, log)
+def fit(words: list[str], run: Path, threads: int | None = None, log: Path | None = None) -> float:
+    """`penstock fit <words>` with the run folder `run`; see `process`."""
+    command = [sys.executable, "-m", "penstock.lightning_modules", "fit", *words]
+    return process(command, {"RUN_DIR": str(run)}, threads, log)
 
 
-def process(command: list[str], more: dict[str, str], threads: int | None = None, log: Path | None = None) -> None:
-    """Runs a command to its end, its output in the file `log` where one is given.
+def process(command: list[str], more: dict[str, str], threads: int | None = None, log: Path | None = None) -> float:
+    """Runs a command to its end, its output in the file `log` where one is given; returns its CPU seconds.
 
     Raises:
         RuntimeError: it failed; its last lines are the message.
     """
     env = {**os.environ, **more} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    if log is None:
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        error = done.stderr
-    else:
-        with log.open("a") as file:
-            done = subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT, text=True)
-        error = log.read_text()
-    if done.returncode:
-        name = " ".join(["penstock", *command[3:]] if "penstock.lightning_modules" in command else command[1:])
-        raise RuntimeError(f"{name}:\n{error[-2000:]}")
+    with log.open("a+") if log else tempfile.TemporaryFile("w+") as file:
+        child = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            file.seek(0)
+            what = command[1:] if "penstock.lightning_modules" not in command else ["penstock", *command[3:]]
+            raise RuntimeError(f"{' '.join(what)}:\n{file.read()[-2000:]}")
+    return used.ru_utime + used.ru_stime
