@@ -101,12 +101,23 @@ class BOSS(FlowModule):
 
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`, on one of its segments."""
-        states, r = batch["states"], (draws.uniform("segment") * self.k).long().clamp(max=self.k - 1)
+        return self.segment_losses(batch, (draws.uniform("segment") * self.k).long().clamp(max=self.k - 1))
+
+    def segment_losses(self, batch: dict[str, Tensor], r: Tensor) -> Tensor:
+        """Loss of each sample `(B,)` on its segment `r` `(B,)`, 0 to K - 1: eq. 9 without its sums."""
+        states = batch["states"]
         rows = torch.arange(len(r), device=r.device)
         x, y = states[rows, r], states[rows, r + 1]
         t, s = (self.grid[i].to(torch.promote_types(x.dtype, torch.float32)) for i in (r, r + 1))
         velocity = compressed(Guided(self.net, self.condition(batch)), self.eps)
         return straightening_loss(velocity, x, y, t, s)
+
+    def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:
+        """Logs `<name>_interval_<r>`, the loss of each segment over all samples, and `name`, their mean."""
+        size, device = batch["states"].shape[0], batch["states"].device
+        losses = [self.segment_losses(batch, torch.full((size,), r, device=device)).mean() for r in range(self.k)]
+        values = {name: torch.stack(losses).mean()} | {f"{name}_interval_{r}": loss for r, loss in enumerate(losses)}
+        self.log_dict(values, batch_size=size * self.trainer.world_size, on_epoch=True, sync_dist=True)
 
     @rank_zero_only
     def _draw(self) -> None:

@@ -118,6 +118,14 @@ def test_each_sample_draws_one_segment_that_is_its_own():
     hits = torch.stack([torch.isclose(losses, one, rtol=1e-4) for one in every])
     assert bool((hits.sum(0) == 1).all())
     assert bool(((hits.float().mean(1) - 1 / 3).abs() < 0.08).all())
+    logged = {}
+    flow.log_dict, flow._trainer = lambda values, **options: logged.update(values), SimpleNamespace(world_size=1)
+    with torch.no_grad():
+        flow.validation_step(batch, 0)
+    means = torch.stack(every).mean(1)
+    torch.testing.assert_close(
+        logged, {"val/loss": means.mean()} | {f"val/loss_interval_{r}": means[r] for r in range(3)}
+    )
 
 
 def test_its_own_steps_unless_others_are_asked_for():
@@ -292,6 +300,9 @@ def test_run_resume_and_sample(teacher, tmp_path, monkeypatch, rank):
     assert main(["sample", f"ckpt_path={last}", "n=2"]) == 0
     report = json.loads((tmp_path / "cut/samples/sample_4_steps/report.json").read_text())
     assert report["network_calls"] == 4
+    values = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    intervals = [values[f"val/loss_interval_{r}"] for r in range(4)]
+    assert sum(intervals) / 4 == pytest.approx(values["val/loss"], rel=1e-5)
 
 
 PARTS = ("state_dict", "current_model_state")
