@@ -274,7 +274,7 @@ def _begin(maker: PairMaker, folder: Path) -> None:
             raise UserError(f"pairs '{folder}': shards of {found['shard']}, expected {recipe.shard}")
         if found["n"] >= recipe.n:
             return
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path != _part(folder / MANIFEST) for path in folder.iterdir()):
         raise UserError(f"pairs '{folder}': not empty and without {MANIFEST}; expected a new or empty folder")
     manifest = wanted | {
         "n": recipe.n,
@@ -315,13 +315,18 @@ def shard_layout(path: Path) -> dict[str, Any]:
     return {"rows": rows.pop(), "tensors": tensors}
 
 
+def _part(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(f".{path.name}.part")
+
+
 def _atomically(path: Path, content: bytes) -> None:
     """Gives a file its name when it is complete and on disk.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

@@ -185,6 +185,12 @@ def test_a_folder_of_something_else_is_left_alone(teacher, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_killed_before_the_manifest_was_whole(teacher, tmp_path):
+    (tmp_path / ".pairs.json.part").write_text("{")
+    assert write_pairs(PairMaker(teacher, recipe(n=5)), tmp_path) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.json", "shard_000000.safetensors"]
+
+
 def test_a_full_disk_leaves_nothing_half_written(teacher, tmp_path, monkeypatch):
     maker, calls = PairMaker(teacher, recipe()), []
     fsync = os.fsync
