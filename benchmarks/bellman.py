@@ -25,7 +25,7 @@ import torch
 from torch import Size, Tensor
 
 from penstock.benchmarks.report import parser, write
-from penstock.benchmarks.timing import clocks
+from penstock.benchmarks.timing import clocks, ratio, since
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules import bellman
 from penstock.lightning_modules.flow.bellman import CostSums, Velocity, schedules
@@ -92,14 +92,15 @@ def measure(
             velocity(warm, warm.new_zeros(len(warm)))
         call = _peak(where) - before
         _reset_peak(where)
-        start, _ = clocks(where)
+        start = clocks(where)
         costs = ours(velocity, x, k_max, batch) if batch else direct(velocity, x, k_max)
         found = schedules(costs)
-        seconds = clocks(where)[0] - start
+        seconds, cpu_seconds = since(start, clocks(where))
         peak = _peak(where)
     paths = {k: found.path(k) for k in LENGTHS if k <= k_max}
     memory = {"search": max(peak - before - call, PAGE), "network call": call, "peak": peak}
-    return {"batch": len(parts[0]), "seconds": seconds, **memory, "paths": paths, "costs": costs.tolist()}
+    measured = {"batch": len(parts[0]), "seconds": seconds, "cpu_seconds": cpu_seconds, **memory}
+    return {**measured, "paths": paths, "costs": costs.tolist()}
 
 
 def _peak(device: torch.device) -> float:
@@ -140,7 +141,8 @@ def row(part: str, ours: list[dict[str, Any]], direct: list[dict[str, Any]], k_m
         "noises at once": f"{ours[0]['batch']}, {direct[0]['batch']}",
         "ours, s": seconds[0],
         "direct, s": seconds[1],
-        "direct / ours, time": median(d["seconds"] / o["seconds"] for o, d in zip(ours, direct)),
+        "direct / ours, time": ratio([d["seconds"] for d in direct], [o["seconds"] for o in ours]),
+        "CPU time": ratio([d["cpu_seconds"] for d in direct], [o["cpu_seconds"] for o in ours]),
         "search beside the network: ours, MiB": search[0],
         "direct, MiB": search[1],
         "direct / ours, memory": search[1] / search[0],

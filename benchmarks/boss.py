@@ -115,7 +115,7 @@ def tune_row(metric: str, k: int, name: str, runs: list[dict[str, Any]], untuned
         metric: spread(values),
         "against untuned Bellman steps": mean(values) / untuned,
         "seeds": len(runs),
-        "updates": spread([run["updates"] for run in runs]) if runs[0]["updates"] else "",
+        "updates": mean(run["updates"] for run in runs) or None,
         "batch": runs[0]["batch"],
         "pairs": runs[0]["pairs"],
         "training minutes": mean(run["train_seconds"] for run in runs) / 60 if runs[0]["updates"] else None,

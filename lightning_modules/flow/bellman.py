@@ -37,7 +37,7 @@ class CostSums:
     so that all costs follow from the Gram matrix `Q_lm = sum_n <d_l^n, d_m^n>`. No state is kept, a batch's differences
     are dropped after it, and what cancels in the formula has cancelled before it is squared: a straight trajectory
     costs exactly 0. In float32 the differences wait for the end of their batch in half precision, each in units of its
-    largest number, which changes a cost by a millionth.
+    largest number, which changes most costs by a few millionths.
 
     Args:
         times: `t_0 .. t_K_max`, strictly ascending or descending (noise levels), at least two.
