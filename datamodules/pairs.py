@@ -157,6 +157,8 @@ class Pairs(KindDataModule):
                 write_pairs(self._maker, folder, rank=rank, world=world, barrier=_barrier, tick=bar.update)
             self._maker = None
         manifest = read_manifest(folder)
+        if manifest["key"] != "latent" and tuple(manifest["shape"]) != self.shape:
+            raise UserError(f"pairs '{folder}': samples {manifest['shape']}, expected {list(self.shape)}, data.real's")
         kept = manifest["keep"] and tuple(manifest["keep"])
         self.recipe = Recipe(min(manifest["n"], self.recipe.n), manifest["steps"], keep=kept)
         return PairStore(folder, manifest, self.recipe.n), manifest

@@ -123,7 +123,8 @@ class BOSS(FlowModule):
     def _draw(self) -> None:
         """Leaves pictures of the search that the schedule comes from."""
         data = self.trainer.datamodule
-        if not str(getattr(data, "keep", "")).startswith("bellman") or self.trainer.fast_dev_run:
+        searched = str(getattr(data, "keep", "")).startswith("bellman") and data.teacher is not None
+        if not searched or self.trainer.fast_dev_run:
             return
         options = {"k_max": data.recipe.steps, "guidance": data.recipe.guidance, "device": self.device}
         found = search(data.teacher, **options)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jsonargparse import ArgumentError
 
@@ -94,6 +95,13 @@ def check(line):
             judge(verb, job)
     elif verb == "sample":
         assert _run([verb, *words, "n=2", "steps=1", "out=out"]) == 0
+    elif verb == "pairs" and words[0].startswith("from="):
+        source = Path(words[0].removeprefix("from="), "0")
+        source.mkdir(parents=True)
+        for name in ("z0.npy", "z1.npy"):
+            np.save(source / name, np.zeros((2, 1, 8, 8), np.float32))
+        assert _run([verb, *words]) == 0
+        shutil.rmtree("pairs")
     elif verb == "pairs":
         small = [w for w in words if not w.startswith(("n=", "steps=", "batch=", "shard=", "out="))]
         assert _run([verb, *small, "n=2", "steps=1", "batch=2", "shard=2", "out=pairs"]) == 0

@@ -11,11 +11,11 @@ from penstock.lightning_modules.cli.conf import options
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 
-def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, str]:
-    """The words by key; `ckpt_path` must be among them and name a file.
+def pieces(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, str]:
+    """The words by key.
 
     Raises:
-        UserError: a word without `=`, or no such checkpoint.
+        UserError: a word without `=`.
     """
     given: dict[str, str] = {}
     for word in words:
@@ -23,6 +23,16 @@ def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, st
         if not equals:
             raise UserError(f"{verb} {word}: expected key=value{did_you_mean(word, keys)}")
         given[key] = value
+    return given
+
+
+def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, str]:
+    """The words by key; `ckpt_path` must be among them and name a file.
+
+    Raises:
+        UserError: a word without `=`, or no such checkpoint.
+    """
+    given = pieces(verb, words, keys)
     if "ckpt_path" not in given:
         near = next((did_you_mean(k, keys) for k in given if k not in keys), "")
         raise UserError(f"{verb}: ckpt_path=... is required{near}")

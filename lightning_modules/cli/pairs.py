@@ -1,13 +1,17 @@
-"""`penstock pairs ckpt_path=... n=6000 steps=20`: pairs of noise and samples of a trained flow, in shards on disk."""
+"""`penstock pairs ckpt_path=... n=6000 steps=20`: pairs of noise and samples of a trained flow, in shards on disk.
+
+`penstock pairs from=FOLDER out=FOLDER` takes them from a folder that an official repository wrote.
+"""
 
 import os
 from pathlib import Path
 
-from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed
+from penstock.lightning_modules.cli.given import check_keys, pieces, solver_config, split, typed
 from penstock.lightning_modules.errors import UserError
 
 KEYS = {"ckpt_path": str, "n": int, "steps": int, "solver": str, "guidance": float, "seed": int}
 KEYS |= {"batch": int, "shard": int, "out": str, "device": str}
+IMPORT = {"from": str, "out": str, "shard": int}
 
 
 def run_pairs(words: list[str]) -> int:
@@ -16,6 +20,8 @@ def run_pairs(words: list[str]) -> int:
     Raises:
         UserError: an unknown word, a wrong type or range, a bad checkpoint, a folder of other pairs, a full disk.
     """
+    if any(word.startswith("from=") for word in words):
+        return _take_over(words)
     given = split("pairs", words, KEYS)
     check_keys("pairs", given, KEYS)
     options = {key: typed(key, value, KEYS[key]) for key, value in given.items()}
@@ -56,4 +62,26 @@ def run_pairs(words: list[str]) -> int:
             dist.destroy_process_group()
     if rank == 0:
         print(f"{recipe.n} pairs: {folder}")
+    return 0
+
+
+def _take_over(words: list[str]) -> int:
+    given = pieces("pairs", words, IMPORT)
+    check_keys("pairs", given, IMPORT)
+    options = {key: typed(key, value, IMPORT[key]) for key, value in given.items()}
+    if "out" not in options:
+        raise UserError(f"pairs from={options['from']}: out=FOLDER is required, a new one for pairs of our form")
+
+    from tqdm import tqdm
+
+    from penstock.lightning_modules.official_pairs import OfficialPairs
+    from penstock.lightning_modules.pairs import write_pairs
+
+    try:
+        found = OfficialPairs(options["from"], options.get("shard", 1000))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with tqdm(total=found.recipe.n, desc="pairs", unit="pair", mininterval=1) as bar:
+        write_pairs(found, Path(options["out"]), tick=bar.update)
+    print(f"{found.recipe.n} pairs of {found.shape}: {options['out']}")
     return 0
