@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from penstock.lightning_modules.flow.grids import check_grid, karras
-from penstock.lightning_modules.flow.paths import Linear, Path, expand
+from penstock.lightning_modules.flow.paths import Linear, expand
 from penstock.lightning_modules.flow.solvers import (
     DDIM,
-    LINEAR,
     EDMHeun,
-    Solution,
     Solver,
-    Velocity,
     _GridSolver,
     _normal,
 )
@@ -39,19 +36,9 @@ class _Anchored(_GridSolver):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}.{name} must be in (0, 1), got {getattr(self, name)}")
 
-    def __call__(
-        self,
-        velocity: Velocity,
-        x: Tensor,
-        grid: Tensor,
-        *,
-        path: Path = LINEAR,
-        generator: torch.Generator | None = None,
-        trajectory: bool = False,
-    ) -> Solution:
+    def solve(self, velocity, x, times, path, generator, trajectory):
         if not isinstance(path, Linear):
             raise ValueError(f"{type(self).__name__} steps along the straight line, not along {path}")
-        times = check_grid(grid)
         if self.update == "new" and self.margin < times[0] < times[-1]:
             raise ValueError(
                 f"{type(self).__name__} anchors at the noise: start at t=0, not {times[0]:g}, or use default"
@@ -60,8 +47,8 @@ class _Anchored(_GridSolver):
             times[0], x = self.margin, (1 - self.margin) * x
         elif times[0] > max(times[-1], 1 - self.inversion):
             times[0], x = 1 - self.inversion, (1 - self.inversion) * x + self.inversion * _normal(x, generator)
-        moved = torch.tensor(times, dtype=torch.float64)
-        return super().__call__(velocity, x, moved, path=path, generator=generator, trajectory=trajectory)
+        moved = check_grid(torch.tensor(times, dtype=torch.float64))
+        return super().solve(velocity, x, moved, path, generator, trajectory)
 
     def _step(self, x: Tensor, v: Tensor, t: float, s: float, noise: Tensor) -> Tensor:
         """From time t to s by velocity `v`; only towards the data is there an anchor."""
@@ -142,17 +129,7 @@ class EDMSampler(Solver):
     sigma_min: float = 0.002
     rho: float = 7.0
 
-    def __call__(
-        self,
-        velocity: Velocity,
-        x: Tensor,
-        grid: Tensor,
-        *,
-        path: Path = LINEAR,
-        generator: torch.Generator | None = None,
-        trajectory: bool = False,
-    ) -> Solution:
-        times = check_grid(grid)
+    def solve(self, velocity, x, times, path, generator, trajectory):
         if times[-1] < times[0]:
             raise ValueError("EDMSampler only runs from noise to data: invert with heun, rk45 or edm_heun")
         levels = karras(len(times) - 1, path, self.sigma_max, self.sigma_min, self.rho)

@@ -50,7 +50,6 @@ class Solver(ABC):
     needs_path: ClassVar[bool] = False
     own_ends: ClassVar[bool] = False
 
-    @abstractmethod
     def __call__(
         self,
         velocity: Velocity,
@@ -74,6 +73,19 @@ class Solver(ABC):
         Raises:
             ValueError: a bad grid, or one that this solver cannot follow.
         """
+        return self.solve(velocity, x, check_grid(grid), path, generator, trajectory)
+
+    @abstractmethod
+    def solve(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        times: list[float],
+        path: Path,
+        generator: torch.Generator | None,
+        trajectory: bool,
+    ) -> Solution:
+        """What a method implements: the same along checked times."""
 
 
 class _Counted:
@@ -118,17 +130,7 @@ class _Schedule:
 class _GridSolver(Solver):
     """A solver that visits every time of the grid."""
 
-    def __call__(
-        self,
-        velocity: Velocity,
-        x: Tensor,
-        grid: Tensor,
-        *,
-        path: Path = LINEAR,
-        generator: torch.Generator | None = None,
-        trajectory: bool = False,
-    ) -> Solution:
-        times = check_grid(grid)
+    def solve(self, velocity, x, times, path, generator, trajectory):
         counted = _Counted(velocity)
         state, states = x, [x]
         for state in self._states(counted, x, times, path, generator):
@@ -194,17 +196,7 @@ class RK45(Solver):
     atol: float = 1e-5
     backend: Literal["torchdiffeq", "scipy"] = "torchdiffeq"
 
-    def __call__(
-        self,
-        velocity: Velocity,
-        x: Tensor,
-        grid: Tensor,
-        *,
-        path: Path = LINEAR,
-        generator: torch.Generator | None = None,
-        trajectory: bool = False,
-    ) -> Solution:
-        times = check_grid(grid)
+    def solve(self, velocity, x, times, path, generator, trajectory):
         wanted = times if trajectory else [times[0], times[-1]]
         counted = _Counted(velocity)
         states = (self._scipy if self.backend == "scipy" else self._torchdiffeq)(counted, x, wanted)
