@@ -9,7 +9,6 @@ that follows the trainable parameters of `model`; the frozen Fourier frequencies
 """
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.ncsnpp import NCSNpp, ddpmpp_cifar10, ncsnpp_256
+from penstock.lightning_modules.weights import official
 
 PRESETS: dict[str, Callable[..., NCSNpp]] = {"ddpmpp_cifar10": ddpmpp_cifar10, "ncsnpp_256": ncsnpp_256}
 FROZEN = "all_modules.0.W"
@@ -112,14 +112,7 @@ def detect(state: Mapping[str, Tensor]) -> str:
     Raises:
         UserError: none fits; the message names the first difference from the nearest preset.
     """
-    differences = {}
-    for name, build in PRESETS.items():
-        with torch.device("meta"):
-            differences[name] = _differences(state, build().state_dict())
-        if not differences[name]:
-            return name
-    name = min(differences, key=lambda n: len(differences[n]))
-    raise UserError(f"fits none of {', '.join(PRESETS)}; nearest is {name}, but {differences[name][0]}")
+    return official.preset(state, PRESETS)
 
 
 def pretrained(path: str, which: Literal["ema", "raw"] = "ema", dropout: float = 0.0, centred: bool = True) -> NCSNpp:
@@ -147,24 +140,11 @@ def load_into(net: nn.Module, path: str | Path, which: Literal["ema", "raw"] = "
     Raises:
         UserError: see `load`; or the network has other keys or shapes than the checkpoint.
     """
-    state = load(path, which)
-    differences = _differences(state, net.state_dict())
-    if differences:
-        raise UserError(f"{path}: does not fit this {type(net).__name__}: {differences[0]}")
-    net.load_state_dict(state)
+    official.fill(net, load(path, which), path)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected an official Rectified Flow checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds objects other than tensors, or is damaged; refused ({_first(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read, probably cut short ({_first(error)})") from error
+    content = official.read(path, "an official Rectified Flow checkpoint")
     keys = sorted(content) if isinstance(content, dict) and all(isinstance(k, str) for k in content) else []
     if not {"model", "ema"} <= set(keys):
         found = ", ".join(keys[:6]) or type(content).__name__
@@ -176,15 +156,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(shadow, list) or not all(isinstance(v, Tensor) for v in shadow):
         raise UserError(f"{path}: ema.shadow_params is not a list of tensors")
     return content
-
-
-def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (found, expected)]
-    return [
-        f"{key}: found {shapes[0].get(key, 'no such entry')}, expected {shapes[1].get(key, 'no such entry')}"
-        for key in {**shapes[1], **shapes[0]}
-        if shapes[0].get(key) != shapes[1].get(key)
-    ]
 
 
 def _registration(key: str) -> tuple[int, int, int]:
@@ -199,10 +170,6 @@ def _named(path: str | Path, function: Callable, argument: Any) -> Any:
         return function(argument)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _split(key: str, root: str) -> tuple[int, str, str]:

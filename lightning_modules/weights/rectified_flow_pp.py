@@ -8,17 +8,16 @@ A weights file is a plain state dict of the EDM-preconditioned network, averaged
     flow.net.load_state_dict(load("flow_model_800000_ema.pth"))  # into a module that holds a fitting net
 """
 
-import pickle
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.edm import EDMVelocity, dhariwal_imagenet64, song_unet_64, song_unet_cifar10
-from penstock.lightning_modules.weights.rectified_flow import _differences, _first
+from penstock.lightning_modules.weights import official
 
 PRESETS: dict[str, Callable[..., EDMVelocity]] = {
     "song_unet_cifar10": song_unet_cifar10,
@@ -60,14 +59,7 @@ def detect(state: Mapping[str, Tensor]) -> tuple[str, int]:
     """
     labels = state.get("model.map_label.weight")
     classes = 0 if labels is None else labels.shape[1]
-    differences = {}
-    for name, build in PRESETS.items():
-        with torch.device("meta"):
-            differences[name] = _differences(state, build(num_classes=classes).state_dict())
-        if not differences[name]:
-            return name, classes
-    name = min(differences, key=lambda n: len(differences[n]))
-    raise UserError(f"fits none of {', '.join(PRESETS)}; nearest is {name}, but {differences[name][0]}")
+    return official.preset(state, {k: partial(build, num_classes=classes) for k, build in PRESETS.items()}), classes
 
 
 def pretrained(path: str, which: Literal["ema", "raw"] = "ema", dropout: float = 0.0) -> EDMVelocity:
@@ -97,24 +89,11 @@ def load_into(net: nn.Module, path: str | Path, which: Literal["ema", "raw"] = "
     Raises:
         UserError: see `load`; or the network has other keys or shapes than the file.
     """
-    state = load(path, which)
-    differences = _differences(state, net.state_dict())
-    if differences:
-        raise UserError(f"{path}: does not fit this {type(net).__name__}: {differences[0]}")
-    net.load_state_dict(state)
+    official.fill(net, load(path, which), path)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected official weights of 2-rectified flow++ or EDM (.pth)")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds objects other than tensors, or is damaged; refused ({_first(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read, probably cut short ({_first(error)})") from error
+    content = official.read(path, "official weights of 2-rectified flow++ or EDM (.pth)")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path}: found {type(content).__name__}; expected a state dict or a training state")
     return content
