@@ -146,6 +146,7 @@ def plot_calls(runs: list[dict[str, Any]], path: Path) -> bool:
         if low > 0 and high > 10 * low:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.flat[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
