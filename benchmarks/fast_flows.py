@@ -86,10 +86,9 @@ class Laboratory:
         self.given, self.work = given, given.work.resolve()
         self.n = given.n or (5000 if given.device == "cuda" else 2000)
 
-    def run(self, stage: Stage) -> None:
-        """Trains and scores, as far as that has not been done."""
-        given, run = self.given, self.work / stage.name
-        of_teacher = stage.method == TEACHER
+    def train(self, stage: Stage) -> None:
+        """Trains, or goes on, as far as that has not been done."""
+        given, of_teacher = self.given, stage.method == TEACHER
         words = [f"experiment={stage.method}_{given.suffix}", f"seed_everything={stage.seed}"]
         if given.data:
             words.append(f"data.{'' if of_teacher else 'real.'}data_dir={given.data.resolve()}")
@@ -97,15 +96,20 @@ class Laboratory:
             words.append(f"teacher={self.work / Stage(TEACHER, stage.seed).name}")
         words += [f"trainer.accelerator={'gpu' if given.device == 'cuda' else 'cpu'}", "trainer.devices=1"]
         words += ["callbacks.metrics=null", *stage.words(), *own(given.word, stage.method)]
-        kept(words, run, given.threads)
-        scored = run / f"scores_{self.n}.json"
-        if scored.is_file() and set(map(label, stage.steps(given.nfe))) <= set(self.scores(stage)["fd_pixels"]):
+        kept(words, self.work / stage.name, given.threads)
+
+    def run(self, stage: Stage) -> None:
+        """Trains and scores, as far as that has not been done."""
+        self.train(stage)
+        given, run = self.given, self.work / stage.name
+        steps, found = stage.steps(given.nfe), self.scores(stage)
+        if found and all(set(map(label, steps)) <= set(values) for values in found.values()):
             return
         command = [sys.executable, "-m", "penstock.benchmarks.scores", str(run / "checkpoints" / "last.ckpt")]
         command += ["--real", f"{TEACHER}_{given.suffix}", "--n", str(self.n), "--device", given.device]
         command += ["--data", str(given.data.resolve())] if given.data else []
         command += ["--weights", str(given.weights.resolve())] if given.weights else []
-        process([*command, "--steps", *stage.steps(given.nfe), "--to", str(scored)], {}, given.threads)
+        process([*command, "--steps", *steps, "--to", str(run / f"scores_{self.n}.json")], {}, given.threads)
 
     def scores(self, stage: Stage) -> dict[str, dict[str, float]]:
         """Metric -> calls (`4`, `bellman-4`) -> value; empty for a run that is not there yet."""
@@ -217,9 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.seeds = given.seeds or [given.seed]
     methods = [m for m in NAMES if m != TEACHER] if given.methods is None else given.methods
     lab = Laboratory(given)
+    teachers = [Stage(TEACHER, seed) for seed in given.seeds]
     with ThreadPoolExecutor(given.jobs) as pool:
-        for batch in ([Stage(TEACHER, seed) for seed in given.seeds], stages(methods, given.seeds, given.nfe)):
-            for done in as_completed([pool.submit(lab.run, stage) for stage in batch]):
+        for work, batch in ((lab.train, teachers), (lab.run, [*teachers, *stages(methods, given.seeds, given.nfe)])):
+            for done in as_completed([pool.submit(work, stage) for stage in batch]):
                 if error := done.exception():
                     pool.shutdown(cancel_futures=True)
                     raise error

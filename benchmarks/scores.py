@@ -72,10 +72,20 @@ def scores(
     return values
 
 
+class InParts(TimmFeatures):
+    """The same features; on a CPU of a few images at a time, which takes less than half as long."""
+
+    @torch.no_grad()
+    def __call__(self, data: Tensor) -> Tensor:
+        """`(b, D)` of images `(b, 1 or 3, H, W)`."""
+        parts = [data] if data.is_cuda else data.split(10)
+        return torch.cat([super(InParts, self).__call__(part) for part in parts])
+
+
 def mobilenet(weights: Path) -> TimmFeatures:
     """MobileNetV2's pooled features, from a file of timm's weights."""
     half = (0.5, 0.5, 0.5)
-    return TimmFeatures("mobilenetv2_100", "mobilenetv2", str(weights.resolve()), pad_type="same", mean=half, std=half)
+    return InParts("mobilenetv2_100", "mobilenetv2", str(weights.resolve()), pad_type="same", mean=half, std=half)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
