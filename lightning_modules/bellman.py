@@ -30,7 +30,7 @@ from penstock.lightning_modules.steps import Bellman
 if TYPE_CHECKING:
     from penstock.lightning_modules.flow_module import FlowModule
 
-MEMORY = {"cpu": 2**23}  # bytes of one batch's velocity differences; elsewhere 20 MiB
+MEMORY = 20 * 2**20  # bytes of one batch's velocity differences
 FOLDER = "bellman"
 _known: WeakKeyDictionary[nn.Module, tuple[tuple[float, ...], dict[Any, Schedules]]] = WeakKeyDictionary()
 
@@ -164,7 +164,7 @@ def measure(module: "FlowModule", k_max: int, n: int, seed: int, guidance: float
     module_dtype = next(module.parameters()).dtype
     dtype = torch.float64 if module_dtype == torch.float64 else torch.float32
     index = torch.arange(n, device=module.device)
-    batch = batch_size(int(torch.Size(module.net.shape).numel()), k_max, module.device)
+    batch = batch_size(torch.Size(module.net.shape).numel(), k_max)
     recorder = _Recorder()
     grid = fine_grid(module, k_max)
     with torch.no_grad(), _evaluated(module):
@@ -178,13 +178,13 @@ def measure(module: "FlowModule", k_max: int, n: int, seed: int, guidance: float
         raise UserError(f"steps=bellman: {error}") from error
 
 
-def batch_size(dimensions: int, k_max: int, device: torch.device) -> int:
-    """How many noises are followed at once: their velocity differences fit into 8 MiB on the CPU, 20 MiB elsewhere.
+def batch_size(dimensions: int, k_max: int) -> int:
+    """How many noises are followed at once: their velocity differences, in half precision, fit into 20 MiB.
 
-    Counted in half precision. That is 13 or 34 noises of CIFAR-10's shape on 100 steps, enough to keep the device busy,
-    and one noise where a single one is larger.
+    That is 34 noises of CIFAR-10's shape on 100 steps: enough to keep a device busy, and less than a tenth of the
+    states and velocities of 100 noises. It is one noise where a single one takes more.
     """
-    return max(1, MEMORY.get(device.type, 20 * 2**20) // (2 * k_max * dimensions))
+    return max(1, MEMORY // (2 * k_max * dimensions))
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,9 @@ def test_search_follows_the_sampler(num_classes, monkeypatch):
     flow.eval()
     expected = cost_matrix(compressed(lambda x, t: flow.net(x, t, cond), 1e-3), x, uniform(12))
     flow.train()
-    monkeypatch.setitem(bellman.MEMORY, "cpu", 4 * 12 * 16 * 4)
+    monkeypatch.setattr(bellman, "MEMORY", 4 * 12 * 16 * 2)
     found = schedules_of(flow, k_max=12, n=10, seed=5)
-    torch.testing.assert_close(found.costs, expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.costs, expected, rtol=1e-3, atol=1e-8)
     assert found.path(3) == schedules(expected).path(3)
     assert all(module.training for module in flow.modules())
 

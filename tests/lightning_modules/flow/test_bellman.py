@@ -193,6 +193,14 @@ def test_float32_velocities_are_summed_in_float64():
     assert schedules(single).path(5) == schedules(double).path(5)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_half_precision_holds_velocities_of_any_size(size):
+    x = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    plain, scaled = (cost_matrix(gaussian(0.5), a * x, uniform(50)) for a in (1, size))
+    far = torch.ones(51, 51, dtype=torch.bool).triu(5)
+    torch.testing.assert_close(scaled[far] / size**2, plain[far], rtol=1e-3, atol=0)
+
+
 TABLE = [
     (1, 1, [0, 100], 0.974619, 0.974619, 0, 0),
     (1, 2, [0, 55, 100], 0.113177, 0.122064, 0.4901, 0.5000),
