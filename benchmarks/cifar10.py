@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             values, rows = whole_run([*words, *few, *given.word], given.steps, given.threads)
         elif part == "speed":
             title = f"CIFAR-10, DDPM++: training speed on {given.device}"
-            rates, rows = speed([*words, *given.word], given.perf, given.speed_steps, given.rounds, given.threads)
+            few_images = ["data.limit=6400"] if gpu and given.limit is None else []
+            rates, rows = speed([*words, *few_images, *given.word], given.perf, given.speed_steps, given.rounds, given.threads)
             values = {"images_per_second": rates}
         else:
             title = f"CIFAR-10, DDPM++: distance during {given.minutes:g} minutes on {given.device}"
