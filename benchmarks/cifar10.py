@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif part == "speed":
             title = f"CIFAR-10, DDPM++: training speed on {given.device}"
             few_images = ["data.limit=6400"] if gpu and given.limit is None else []
-            rates, rows = speed([*words, *few_images, *given.word], given.perf, given.speed_steps, given.rounds, given.threads)
+            rates, rows = speed(
+                [*words, *few_images, *given.word], given.perf, given.speed_steps, given.rounds, given.threads
+            )
             values = {"images_per_second": rates}
         else:
             title = f"CIFAR-10, DDPM++: distance during {given.minutes:g} minutes on {given.device}"
