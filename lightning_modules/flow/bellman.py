@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from penstock.lightning_modules.flow.losses import Reduction, squared_error
+from penstock.lightning_modules.flow.packed import PackedRows
 from penstock.lightning_modules.flow.paths import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-COLUMNS = 512  # of the rows that are turned into float64 at once
+COLUMNS = 1024  # of the rows that are turned into float64 at once
+EXACT = 20 * 2**20  # bytes
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -36,8 +38,8 @@ class CostSums:
 
     so that all costs follow from the Gram matrix `Q_lm = sum_n <d_l^n, d_m^n>`. No state is kept, a batch's differences
     are dropped after it, and what cancels in the formula has cancelled before it is squared: a straight trajectory
-    costs exactly 0. In float32 the differences wait for the end of their batch in half precision, each in units of its
-    largest number, which moves costs by less than a thousandth, and by millionths where the dimensions are many.
+    costs exactly 0. Differences in float32 that would take more than `EXACT` bytes wait for the end of their batch in 4
+    bits a number, see `packed`.
 
     Args:
         times: `t_0 .. t_K_max`, strictly ascending or descending (noise levels), at least two.
@@ -64,20 +66,17 @@ class CostSums:
         """
         times = self.times.tolist()
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        differences = x.new_empty(len(times) - 2, x.numel(), dtype=dtype if dtype == torch.float64 else torch.float16)
-        scales, before = x.new_ones(len(differences), dtype=dtype), None
+        rows, columns, before = len(times) - 2, x.numel(), None
+        exact = dtype == torch.float64 or 4 * rows * columns <= EXACT
+        differences = x.new_empty(rows, columns, dtype=dtype) if exact else PackedRows(rows, columns, x.device)
         for i, (t, s) in enumerate(pairwise(times)):
             v = velocity(x, torch.full((len(x),), t, dtype=dtype, device=x.device))
             flat = v.flatten().to(dtype)
             if before is not None:
-                d = flat - before
-                scales[i - 1] = d.norm(torch.inf).clamp(min=torch.finfo(dtype).tiny)
-                torch.div(d, scales[i - 1], out=differences[i - 1])
-                del d
+                differences[i - 1] = flat - before
             before = flat
             x = x + (s - t) * v
-        scales = scales.double()
-        found = gram(differences).mul_(scales).mul_(scales[:, None])
+        found = gram(differences) if exact else differences.gram()
         self.gram, self.n = found if self.gram is None else self.gram.add_(found), self.n + len(x)
         return x
 
