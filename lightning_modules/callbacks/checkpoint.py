@@ -23,12 +23,13 @@ class Checkpoint(ModelCheckpoint):
     A resumed run makes every validation and every row of metrics.csv of one never stopped: a save that falls on a batch
     with a validation or the epoch's end behind it waits for that (Lightning, resumed from before it, would skip it),
     and the metrics of the batch are written before the checkpoint, which knows the last row that belongs to it.
+    Lightning's own saves `last.ckpt` only together with a best one; here it is saved at every interval.
 
     Args:
         monitor: Metric of `metrics.json` whose best values are kept too; None keeps only the last checkpoint.
         mode: Whether small or large values of `monitor` are good.
         save_top_k: How many of the best are kept.
-        every_n_epochs: Epochs between two saves.
+        every_n_epochs: Epochs between two saves; 1 where no interval is given.
         every_n_train_steps: Steps between two saves (instead of epochs).
         every_minutes: Minutes between two saves (instead of epochs or steps).
     """
@@ -106,6 +107,9 @@ class Checkpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         self._catch_up(trainer, pl_module)
+        due = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._waits:

@@ -14,11 +14,13 @@ SETUPS = {
     "watching a metric": WATCHING,
     "validating within epochs": ["trainer.val_check_interval=2"],
     "accumulating": ["trainer.accumulate_grad_batches=2"],
+    "saving each epoch": ["callbacks.checkpoint.every_n_train_steps=null"],
 }
 CUTS = ["step1", "step3", "validated4", "epoch4", "step6"]
 OTHER = [("two workers", "step2"), ("two workers", "epoch4"), ("watching a metric", "validated8")]
 OTHER += [("validating within epochs", "step1"), ("validating within epochs", "validated2")]
 OTHER += [("accumulating", "step1"), ("accumulating", "epoch2")]
+OTHER += [("saving each epoch", "epoch4"), ("saving each epoch", "step6")]
 
 
 @pytest.fixture(scope="module")
