@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from penstock.lightning_modules.cli.explain import explain, first_complaint
+from penstock.lightning_modules.cli.run_lock import claim, release
 from penstock.lightning_modules.errors import UserError
 
 NOISE = (
@@ -47,6 +48,8 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
+            if stage == "fit":
+                claim(path.parent)
             beside = path.with_suffix(".tmp")
             beside.write_text(self.text, encoding="utf-8")
             os.replace(beside, path)
@@ -167,6 +170,8 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
         raise UserError(explain(error)) from error
     except MisconfigurationException as error:
         raise UserError(f"configuration: {error}") from error
+    finally:
+        release()
     if lab.trainer.is_global_zero and not lab.trainer.fast_dev_run:
         print(_summary(lab.trainer))
     return 130 if lab.trainer.interrupted else 0

@@ -13,6 +13,7 @@ import yaml
 
 from penstock.lightning_modules.cli.compose import compose, new_run_name
 from penstock.lightning_modules.cli.conf import options
+from penstock.lightning_modules.cli.run_lock import claimed, wait_until_free
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 LAST = Path("checkpoints", "last.ckpt")
@@ -23,7 +24,7 @@ def find_or_train(teacher: str, key: str = "teacher") -> str:
 
     A name of an experiment stands for the newest finished run under `runs/<name>/` that has the experiment's model,
     data and seed; an unfinished one goes on first, and without any the experiment is run. Processes that look for the
-    same teacher at once wait for one that trains it.
+    same teacher at once wait for one that trains it, whoever started that.
 
     Args:
         teacher: A checkpoint, a run folder, or the name of an experiment.
@@ -46,6 +47,9 @@ def find_or_train(teacher: str, key: str = "teacher") -> str:
     home = Path("runs", teacher)
     with _alone(home):
         runs = [run for run in sorted(home.glob("*/"), reverse=True) if _same(run, wanted)]
+        for run in filter(claimed, runs):
+            print(f"{key}: waits for the process that trains {run}", file=sys.stderr)
+            wait_until_free(run)
         for run in runs:
             if _finished(run):
                 print(f"{key}: {run / LAST}", file=sys.stderr)
