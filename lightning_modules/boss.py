@@ -19,7 +19,7 @@ from penstock.lightning_modules.flow.guidance import Guided
 from penstock.lightning_modules.flow.solvers import Solver
 from penstock.lightning_modules.flow_module import FlowModule, Key
 from penstock.lightning_modules.nets import lora
-from penstock.lightning_modules.steps import Bellman
+from penstock.lightning_modules.steps import Bellman, parse_steps
 
 
 class BOSS(FlowModule):
@@ -70,6 +70,12 @@ class BOSS(FlowModule):
         return lora.base_state(self.net, own) if self.lora_rank else own
 
     # ------------------------------------------------------------------ training
+
+    def precheck(self, data: Any) -> None:
+        super().precheck(data)
+        keep = str(getattr(data, "keep", None))
+        if keep.startswith("bellman:") and isinstance(kept := parse_steps(keep), Bellman) and kept.k != self.k:
+            raise UserError(f"model.k: found {self.k}, expected {kept.k}, the segments of data.keep={keep}")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -95,9 +95,21 @@ class FlowModule(LightningModule):
                 f"model.net.num_classes: found {self.num_classes}, expected 0 or {classes}, the data's classes"
             )
 
+    def precheck(self, data: Any) -> None:
+        """Called before `data` is prepared, which may take long: refuses early what `setup` would refuse later.
+
+        Raises:
+            UserError: what is found and what is expected.
+        """
+        self._start_from_initial()
+
     def setup(self, stage: str) -> None:
         self.fits(self.trainer.datamodule)
-        if stage == "fit" and self.initial:
+        if stage == "fit":
+            self._start_from_initial()
+
+    def _start_from_initial(self) -> None:
+        if self.initial:
             own = self.initial_weights(raw_weights(load_checkpoint(self.initial)))
             load_weights(self.net, {"state_dict": own}, f"model.initial={self.initial}")
 

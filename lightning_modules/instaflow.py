@@ -106,6 +106,10 @@ class InstaFlow(FlowModule):
         except ValueError as error:
             raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
 
+    def precheck(self, data: Any) -> None:
+        super().precheck(data)
+        self.loss.prepare()
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage != "predict":

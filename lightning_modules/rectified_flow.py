@@ -1,5 +1,7 @@
 """Rectified flow: "Flow Straight and Fast" (arXiv 2209.03003)."""
 
+from typing import Any
+
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -59,6 +61,10 @@ class RectifiedFlow(FlowModule):
         self.coupling = coupling or Independent()
         self.loss = loss or SquaredError()
         self.condition_dropout = condition_dropout
+
+    def precheck(self, data: Any) -> None:
+        super().precheck(data)
+        self.loss.prepare()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -124,6 +124,8 @@ class Lab(LightningCLI):
             check_weights(self.model, load_checkpoint(path), f"ckpt_path={path}")
             if hasattr(self.model, "initial"):
                 self.model.initial = None
+        if subcommand == "fit" and hasattr(self.model, "precheck"):
+            self.model.precheck(self.datamodule)
         kwargs["weights_only"] = True
         return kwargs
 

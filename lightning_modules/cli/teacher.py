@@ -33,16 +33,9 @@ def find_or_train(teacher: str, key: str = "teacher") -> str:
     Raises:
         UserError: none of these, or the training failed.
     """
-    path = Path(teacher)
-    if path.is_file():
-        return str(path.resolve())
-    if path.is_dir():
-        if not (path / LAST).is_file():
-            raise UserError(f"{key}={teacher}: no {LAST} in this folder; expected a run folder or a checkpoint")
-        return str((path / LAST).resolve())
-    experiments = options("experiment")
-    if teacher not in experiments:
-        raise UserError(f"{key}={teacher}: no such file, run folder or experiment{did_you_mean(teacher, experiments)}")
+    path = Path(known(teacher, key))
+    if path.exists():
+        return str((path / LAST if path.is_dir() else path).resolve())
     wanted = compose([f"experiment={teacher}"], find_or_train)[0]
     home = Path("runs", teacher)
     with _alone(home):
@@ -64,6 +57,20 @@ def find_or_train(teacher: str, key: str = "teacher") -> str:
     if code or not (run / LAST).is_file():
         raise UserError(f"{key}={teacher}: its training in '{run}' ended with exit code {code}")
     return str((run / LAST).resolve())
+
+
+def known(teacher: str, key: str) -> str:
+    """`teacher` itself, where it is a checkpoint, a run folder or an experiment.
+
+    Raises:
+        UserError: none of these.
+    """
+    path, experiments = Path(teacher), options("experiment")
+    if path.is_dir() and not (path / LAST).is_file():
+        raise UserError(f"{key}={teacher}: no {LAST} in this folder; expected a run folder or a checkpoint")
+    if not path.exists() and teacher not in experiments:
+        raise UserError(f"{key}={teacher}: no such file, run folder or experiment{did_you_mean(teacher, experiments)}")
+    return teacher
 
 
 def _fit(words: list[str], run: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from penstock.lightning_modules.cli.compose import SUGAR, as_given, compose, new_run_dir
 from penstock.lightning_modules.cli.conf import groups
-from penstock.lightning_modules.cli.teacher import find_or_train
+from penstock.lightning_modules.cli.teacher import find_or_train, known
 from penstock.lightning_modules.errors import UserError
 
 PARTS = ("model", "data", "trainer")
@@ -63,6 +63,8 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
         return [verb, *_as_flags(words)], new_run_dir(name)
     if not words:
         raise UserError(f"{verb}: nothing to run; expected experiment=NAME (penstock list experiments)")
+    if run:
+        compose(words, known)  # mistakes show before a teacher trains
     tree, name = compose(words, find_or_train if run else as_given)
     return {"subcommand": verb, verb: tree}, new_run_dir(name)
 
