@@ -2,18 +2,21 @@
 
 import inspect
 import json
+import math
 import re
 import time
 from pathlib import Path
 from typing import Any, get_args
 
-from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed
+from penstock.lightning_modules.cli.given import check_keys, pieces, solver_config, split, typed
+from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.steps import Bellman, parse_steps
 
 OWN = {"ckpt_path": str, "n": int, "steps": str, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
 OWN |= {"solver": str}
+SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
 def _options(model: Any) -> dict[str, type]:
@@ -30,17 +33,21 @@ def run_sample(words: list[str]) -> int:
     """Draws samples from a checkpoint with its averaged weights; exit code 0.
 
     Raises:
-        UserError: an unknown word, a wrong type, n or steps below 1, no such label, a bad checkpoint.
+        UserError: an unknown word, a wrong type, n or steps below 1, a number that is not finite, no such label, a bad
+            checkpoint, a folder that can't be written.
     """
+    _not_a_folder(pieces("sample", words, OWN).get("ckpt_path"))
     given = split("sample", words, OWN)
     path = Path(given["ckpt_path"])
     options = {key: typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
-    if "out" in options and Path(options["out"]).is_file():
-        raise UserError(f"out={options['out']}: a file; expected a folder, new or old")
+    if "out" in options:
+        check_no_file("sample", Path(options["out"]))
     asked = parse_steps(options["steps"]) if "steps" in options else None
     for key, default in (("n", 64), ("batch", 256)):
         if options.setdefault(key, default) < 1:
             raise UserError(f"{key}={options[key]}: expected a whole number of 1 or more")
+    if not SEEDS[0] <= options.get("seed", 0) <= SEEDS[1]:
+        raise UserError(f"seed={options['seed']}: out of range; expected {SEEDS[0]} to {SEEDS[1]}")
 
     import torch
 
@@ -60,6 +67,9 @@ def run_sample(words: list[str]) -> int:
     extra_kinds = _options(model)
     check_keys("sample", given, OWN | extra_kinds)
     extra = {key: typed(key, given[key], kind) for key, kind in extra_kinds.items() if key in given}
+    for key, value in extra.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={given[key]}: expected a finite number")
     name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -70,29 +80,38 @@ def run_sample(words: list[str]) -> int:
     generator = torch.Generator(device).manual_seed(options.get("seed", 0))
 
     steps = options.get("steps", str(getattr(model, "default_steps", 20)))
-    if isinstance(asked, Bellman):
-        sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
-    else:
-        steps = int(steps)
-
-    parts, start = [], time.perf_counter()
-    with torch.inference_mode():
-        for first in range(0, options["n"], options["batch"]):
-            size = min(options["batch"], options["n"] - first)
-            part = None if cond is None else cond[first : first + size]
-            parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
-    seconds = time.perf_counter() - start
-    samples = torch.cat(parts)
+    steps = steps if isinstance(asked, Bellman) else int(steps)
     run = run_of_checkpoint(str(path))
-    out = Path(options.get("out") or (run or Path(".")) / "samples" / f"sample_{re.sub('[:/]', '_', str(steps))}_steps")
-    write_samples(samples, cond, out)
-    report = {"n": options["n"], "steps": steps, "network_calls": model.nfe, "device": str(device)}
-    report |= {"seconds_per_sample": seconds / options["n"], "checkpoint": str(path), "seed": options.get("seed", 0)}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    called = f"sample_{re.sub('[:/]', '_', str(steps))}_steps" + (f"_{solver}" if solver else "")
+    out = Path(options.get("out") or (run or Path(".")) / "samples" / called)
+    with made("sample", out):
+        if isinstance(asked, Bellman):
+            sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
+        parts, start = [], time.perf_counter()
+        with torch.inference_mode():
+            for first in range(0, options["n"], options["batch"]):
+                size = min(options["batch"], options["n"] - first)
+                part = None if cond is None else cond[first : first + size]
+                parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
+        seconds = time.perf_counter() - start
+        report = {"n": options["n"], "steps": steps} | ({"solver": solver} if solver else {})
+        report |= {"network_calls": model.nfe, "device": str(device), "seconds_per_sample": seconds / options["n"]}
+        report |= {"checkpoint": str(path), "seed": options.get("seed", 0)}
+        with together("sample", out) as folder:
+            write_samples(torch.cat(parts), cond, folder)
+            (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     each = f"{model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}"
     print(f"{options['n']} samples, {each}")
     print(f"written: {out}")
     return 0
+
+
+def _not_a_folder(text: str | None) -> None:
+    """Raises UserError where `ckpt_path` is a folder, with the newest checkpoint in it."""
+    if text and Path(text).is_dir():
+        found = next((p for p in (Path(text, "checkpoints/last.ckpt"), Path(text, "last.ckpt")) if p.is_file()), None)
+        near = f" (did you mean 'ckpt_path={found}'?)" if found else ""
+        raise UserError(f"ckpt_path={text}: a folder; expected a checkpoint{near}")
 
 
 def _labels(text: str | None, n: int, model: Any, device: Any) -> Any:
@@ -114,11 +133,10 @@ def _labels(text: str | None, n: int, model: Any, device: Any) -> Any:
 
 def write_samples(samples: Any, labels: Any, out: Path) -> None:
     """`samples.safetensors` (and labels), and `grid.png` for images or points."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from penstock.lightning_modules.callbacks.samples import draw
 
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {"samples": samples.contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
-    save_file(tensors, out / "samples.safetensors")
+    (out / "samples.safetensors").write_bytes(save(tensors))
     draw(samples.float(), round(len(samples) ** 0.5), labels).save(out / "grid.png")

@@ -1,5 +1,8 @@
 """What the user sees on a mistake: one line, the place, the nearest valid choice, exit code 2, nothing left behind."""
 
+import errno
+import json
+import os
 import subprocess
 import sys
 
@@ -182,6 +185,12 @@ def test_hostile_checkpoint_runs_nothing(capsys, tmp_path, monkeypatch):
         (["solver=huen"], ["solver=huen", "did you mean 'heun'?"]),
         (["labels=12"], ["labels=12", "0 to 9"]),
         (["guidance=x"], ["guidance=x", "expected float"]),
+        (["guidance=nan"], ["guidance=nan: expected a finite number"]),
+        (["guidance=-inf"], ["guidance=-inf: expected a finite number"]),
+        ([f"seed={2**64}"], [f"seed={2**64}: out of range", f"to {2**64 - 1}"]),
+        (["steps=bellman:8/0"], ["steps=bellman:8/0", "K_max=0", "did you mean 'bellman:8'?"]),
+        (["out=/proc/x"], ["sample out=/proc/x: can't be written"]),
+        (["out=/dev/null"], ["sample out=/dev/null: "]),
         (["nonsense"], ["nonsense", "key=value"]),
     ],
 )
@@ -189,8 +198,52 @@ def test_sample_mistakes(words, parts, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["sample", f"ckpt_path={run}/checkpoints/last.ckpt", *words]) == 2
     err = capsys.readouterr().err
+    assert err.count("\n") == 1
     for part in parts:
         assert part in err
+
+
+@pytest.mark.parametrize(("folder", "near"), [(".", "checkpoints/last.ckpt"), ("checkpoints", "last.ckpt"), ("..", "")])
+def test_sample_from_a_folder(folder, near, run, capsys):
+    assert main(["sample", f"ckpt_path={run / folder}"]) == 2
+    hint = f" (did you mean 'ckpt_path={run / folder / near}'?)" if near else ""
+    assert capsys.readouterr().err == f"penstock: ckpt_path={run / folder}: a folder; expected a checkpoint{hint}\n"
+
+
+def test_sample_tries_the_folder_first(run, capsys, monkeypatch):
+    monkeypatch.setattr("penstock.lightning_modules.flow_module.FlowModule.sample", lambda *_, **__: 1 / 0)
+    assert main(["sample", f"ckpt_path={run}/checkpoints/last.ckpt", "steps=1", "out=/proc/x"]) == 2
+    assert "sample out=/proc/x: can't be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_sample_on_a_full_disk(old, run, capsys, tmp_path, monkeypatch):
+    words = [f"ckpt_path={run}/checkpoints/last.ckpt", "n=2", "steps=1", f"out={tmp_path}/a/b"]
+    if old:
+        assert main(["sample", *words]) == 0
+        capsys.readouterr()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(picture, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(["sample", *words, "seed=1"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"sample out={tmp_path}/a/b: can't be written (No space left on device)" in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert (tmp_path / "a").exists() == old
+
+
+def test_samples_of_a_solver_have_their_own_folder(run):
+    words = [f"ckpt_path={run}/checkpoints/last.ckpt", "n=2", "steps=bellman:1/2"]
+    assert main(["sample", *words]) == 0
+    assert main(["sample", *words, "solver=heun"]) == 0
+    plain, heun = (run / "samples" / f"sample_bellman_1_2_steps{suffix}" for suffix in ("", "_heun"))
+    assert json.loads((heun / "report.json").read_text())["solver"] == "heun"
+    assert "solver" not in json.loads((plain / "report.json").read_text())
 
 
 def test_sample_writes_pictures(run, capsys, tmp_path):
