@@ -5,6 +5,7 @@ from itertools import pairwise
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from penstock.lightning_modules.callbacks.pictures import rendered
@@ -39,6 +40,8 @@ def draw_costs(found: Schedules, k: int) -> Image.Image:
         axes.plot(path[1:], path[:-1], "o", color=colour, ms=4)
     axes.plot([0, found.k_max], [0, found.k_max], color="grey", lw=0.5)
     axes.set(xlabel=f"j: to $t_j = j/{found.k_max}$", ylabel=f"i: from $t_i = i/{found.k_max}$")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"Schedules of {k} steps")
     axes.legend(loc="lower left", facecolor="lightgrey")
     return rendered(figure)

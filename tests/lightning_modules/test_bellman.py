@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from penstock.kernels.philox import Draws
-from penstock.lightning_modules import bellman
+from penstock.lightning_modules import bellman, bellman_plots
 from penstock.lightning_modules.bellman import folder_of, sampling_grid, schedule, schedules_of, search
 from penstock.lightning_modules.bellman_plots import draw_costs, draw_step_sizes
 from penstock.lightning_modules.cli import main
@@ -79,6 +79,8 @@ def test_words(value, expected):
         ("bellman:0", "found K=0, expected 1 to 100"),
         ("bellman:101", "found K=101, expected 1 to 100"),
         ("bellman:9/8", "found K=9, expected 1 to 8"),
+        ("bellman:8/0", r"found K_max=0, expected a grid of K or more \(did you mean 'bellman:8'\?\)"),
+        ("bellman:8/-5", "found K_max=-5, expected a grid of K or more"),
         ("many", "steps=many: expected a whole number"),
         (0, "steps=0: expected a whole number of 1 or more"),
         (-2, "steps=-2: expected a whole number of 1 or more"),
@@ -285,3 +287,13 @@ def test_pictures_of_a_search():
     straight = schedules(torch.zeros(9, 9))
     assert draw_costs(straight, 3).size == (600, 500)
     assert draw_step_sizes(straight, (20,)).size == (600, 400)
+
+
+@pytest.mark.parametrize("k_max", [1, 4, 10, 17])
+def test_indices_of_the_cost_matrix_are_whole_numbers(k_max, monkeypatch):
+    figures = []
+    monkeypatch.setattr(bellman_plots, "rendered", figures.append)
+    draw_costs(schedules(torch.rand(k_max + 1, k_max + 1).triu(2)), 1)
+    axes = figures[0].axes[0]
+    ticks = [*axes.get_xticks(), *axes.get_yticks()]
+    assert ticks == [round(tick) for tick in ticks]
