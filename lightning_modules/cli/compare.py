@@ -3,21 +3,24 @@
 import csv
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 WANDB_KEYS = ("logger.wandb.project", "logger.wandb.entity", "logger.wandb.mode")
+MODES = ("auto", "online", "offline", "disabled")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Reads one run folder: `folder`, `name`, flat `config`, last `metrics`, `curves` (metric -> [(step, value)]).
 
     Raises:
-        UserError: no folder, or no metrics.json in it.
+        UserError: no folder, no metrics.json in it, or a damaged file.
     """
     if not folder.is_dir():
         near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [])
@@ -26,19 +29,79 @@ def read_run(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise UserError(f"compare {folder}: no {name} in it; expected a run folder: runs/<experiment>/<time>")
     config = folder / "config.yaml"
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            for key, value in row.items():
-                if key != "step" and value:
-                    curves.setdefault(key, []).append((int(row["step"]), float(value)))
     return {
         "folder": folder,
         "name": f"{folder.resolve().parent.name}/{folder.resolve().name}",
-        "config": _flat(yaml.safe_load(config.read_text())) if config.is_file() else {},
-        "metrics": json.loads((folder / "metrics.json").read_text()),
-        "curves": curves,
+        "config": _flat(_config(config)) if config.is_file() else {},
+        "metrics": _metrics(folder / "metrics.json"),
+        "curves": _curves(folder / "metrics.csv"),
     }
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"compare {path}: found bytes that are no UTF-8 ({error.reason}); expected text") from error
+    except OSError as error:
+        raise UserError(f"compare {path}: can't be read ({error.strerror})") from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        place = f"line {mark.line + 1}, " if mark else ""
+        raise UserError(f"compare {path}: {place}{problem}; expected the YAML that penstock fit wrote") from error
+    if not isinstance(found, dict):
+        raise UserError(f"compare {path}: found {_kind(found)}; expected key: value, as penstock fit wrote it")
+    return found
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    text = _text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = "an empty file" if not text.strip() else f"damaged or cut JSON ({error})"
+        raise UserError(f"compare {path}: found {what}; expected name: number, as penstock fit wrote it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"compare {path}: found {_kind(found)}; expected name: number, as penstock fit wrote it")
+    for name, value in found.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"compare {path}: {name}: found {value!r}; expected a number") from None
+    return found
+
+
+def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    reader = csv.DictReader(StringIO(_text(path), newline=""))
+    try:
+        if (names := reader.fieldnames) and names[0] != "step":
+            raise UserError(f"compare {path}: line 1: found '{names[0]}'; expected 'step' as the first column")
+        for row in reader:
+            for key, value in row.items():
+                line = f"compare {path}: line {reader.line_num}"
+                if key is None:
+                    raise UserError(f"{line}: more values than columns")
+                try:
+                    if key == "step":
+                        step = int(value or "")
+                    elif value:
+                        curves.setdefault(key, []).append((step, float(value)))
+                except ValueError:
+                    wanted = "whole number" if key == "step" else "number"
+                    raise UserError(f"{line}, column '{key}': found '{value or ''}'; expected a {wanted}") from None
+    except csv.Error as error:
+        raise UserError(f"compare {path}: line {reader.line_num}: {error}") from error
+    return curves
+
+
+def _kind(found: Any) -> str:
+    return "an empty file" if found is None else f"a {type(found).__name__}"
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -108,11 +171,13 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 def calls(run: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """Metrics that a run has for several numbers of network calls: name -> [(calls, value)], `fd_pixels/4` and so on.
 
-    `fd_pixels/bellman-4` belongs to a line of its own, `fd_pixels (bellman)`.
+    `fd_pixels/bellman-4` belongs to a line of its own, `fd_pixels (bellman)`. Values that are not finite (text in the
+    file) are left out.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for key, value in run["metrics"].items():
-        if match := re.fullmatch(r"(.+)/(bellman-)?(\d+)", key):
+        match = re.fullmatch(r"(.+)/(bellman-)?(\d+)", key)
+        if match and not isinstance(value, str):
             lines.setdefault(match[1] + (" (bellman)" if match[2] else ""), []).append((int(match[3]), value))
     return {name: sorted(points) for name, points in lines.items()}
 
@@ -163,7 +228,8 @@ def run_compare(words: list[str]) -> int:
     With `logger=wandb` all of it becomes a run of W&B too.
 
     Raises:
-        UserError: an unknown word, no folder, a folder that is no run, or W&B out of reach.
+        UserError: an unknown word or mode, no folder, a folder that is no run, a damaged file in it, an `out` that
+            can't be written, or W&B out of reach.
     """
     given = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
     folders = [Path(w) for w in words if "=" not in w and Path(w).name != "multirun.yaml"]
@@ -174,9 +240,13 @@ def run_compare(words: list[str]) -> int:
             raise UserError(f"compare {key}={value}: expected run folders, {', '.join(f'{k}=' for k in keys)}{near}")
     if given.get("logger", "wandb") != "wandb":
         raise UserError(f"compare logger={given['logger']}: expected wandb{did_you_mean(given['logger'], ['wandb'])}")
+    if (mode := given.get("logger.wandb.mode", "auto")) not in MODES:
+        near = did_you_mean(mode, MODES)
+        raise UserError(f"compare logger.wandb.mode={mode}: expected one of {', '.join(MODES)}{near}")
     if not folders:
         raise UserError("compare: expected run folders, e.g. penstock compare runs/a/... runs/b/...")
     out = Path(given.get("out", "runs/compare"))
+    check_no_file("compare", out)
     runs = [read_run(folder) for folder in folders]
     names = [run["name"] for run in runs]
     config_rows = table(runs, "config", only_different=len(runs) > 1)
@@ -184,16 +254,15 @@ def run_compare(words: list[str]) -> int:
     text = "## Configuration" + (" (what differs)" if len(runs) > 1 else "") + "\n\n"
     text += markdown(["key", *names], config_rows) + "\n\n## Metrics (last values)\n\n"
     text += markdown(["metric", *names], metric_rows) + "\n"
+    with made("compare", out), together("compare", out) as folder:
+        pictures = {"curves": "compare.png"}
+        pictures |= {"quality and calls": "calls.png"} if plot_calls(runs, folder / "calls.png") else {}
+        shown = "".join(f"\n![{title}]({name})\n" for title, name in pictures.items())
+        (folder / "compare.md").write_text(text + shown)
+        kept = [{key: run[key] for key in ("name", "config", "metrics")} for run in runs]
+        (folder / "compare.json").write_text(json.dumps(kept, indent=1, default=str))
+        plot(runs, folder / "compare.png")
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    pictures = {"curves": "compare.png"} | (
-        {"quality and calls": "calls.png"} if plot_calls(runs, out / "calls.png") else {}
-    )
-    shown = "".join(f"\n![{title}]({name})\n" for title, name in pictures.items())
-    (out / "compare.md").write_text(text + shown)
-    kept = [{key: run[key] for key in ("name", "config", "metrics")} for run in runs]
-    (out / "compare.json").write_text(json.dumps(kept, indent=1))
-    plot(runs, out / "compare.png")
     print(f"written: {out}/compare.md, compare.json, {', '.join(pictures.values())}")
     if given.keys() & {"logger", *WANDB_KEYS}:
         from penstock.lightning_modules.cli.compare_wandb import send

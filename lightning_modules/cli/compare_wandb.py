@@ -10,7 +10,6 @@ import wandb
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.loggers import wandb_mode
 
-MODES = ("auto", "online", "offline", "disabled")
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -39,12 +38,9 @@ def send(
         Where the run is, in words.
 
     Raises:
-        UserError: an unknown mode, or W&B does not answer.
+        UserError: W&B does not answer, or its files can't be written.
     """
-    mode = options.get("mode", "auto")
-    if mode not in MODES:
-        raise UserError(f"compare logger.wandb.mode={mode}: expected one of {', '.join(MODES)}")
-    mode = wandb_mode(mode)
+    mode = wandb_mode(options.get("mode", "auto"))
     groups = {run["folder"].resolve().parent.name for run in runs}
     names = [run["name"] for run in runs]
     ids = [wandb_id(run["folder"]) for run in runs]
@@ -70,9 +66,12 @@ def send(
     home = address.rpartition("/")[0] if address else ""
     links = [[name, own or "", f"{home}/{own}" if home and own else ""] for name, own in zip(names, ids)]
     tables = {**tables, "runs": (["run", "id", "address"], links)}
-    shown = {name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}
-    shown |= {title: wandb.Image(str(path)) for title, path in pictures.items()}
-    run.log({f"compare/{name}": part for name, part in shown.items()})
+    try:
+        shown = {name: wandb.Table(columns=head, data=rows) for name, (head, rows) in tables.items()}
+        shown |= {title: wandb.Image(str(path)) for title, path in pictures.items()}
+        run.log({f"compare/{name}": part for name, part in shown.items()})
+    except OSError as error:
+        raise UserError(f"compare logger=wandb: '{out / 'wandb'}' can't be written ({error.strerror})") from error
     place = Path(run.dir).parent
     run.finish()
     if mode == "disabled":
