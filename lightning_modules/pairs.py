@@ -14,6 +14,7 @@ on with the shards that are missing, without duplicates or gaps, on any number o
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -66,11 +67,15 @@ class Recipe:
     keep: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch", "shard"):
+        for name in ("n", "steps", "shard", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pairs: {name}={getattr(self, name)}, expected 1 or more")
         if self.seed < 0:
             raise ValueError(f"pairs: seed={self.seed}, expected 0 or more")
+        if self.seed >= 2**64:
+            raise ValueError(f"pairs: seed={self.seed}, expected at most {2**64 - 1}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"pairs: guidance={self.guidance}, expected a finite number (1 is none)")
         if self.shard % self.batch:
             raise ValueError(f"pairs: shard={self.shard}, expected a multiple of batch={self.batch}")
         if self.keep is not None:
@@ -149,11 +154,23 @@ class PairMaker:
         return {"states": torch.stack(states, 1), **labelled}
 
     def batches(self, rows: range) -> Iterator[dict[str, Tensor]]:
-        """The pairs of `rows` on the CPU, made in whole batches: adaptive solvers step for a batch together."""
+        """The pairs of `rows` on the CPU, made in whole batches: adaptive solvers step for a batch together.
+
+        Raises:
+            UserError: the teacher makes numbers that are not finite.
+        """
         for first in range(rows.start, rows.stop, self.recipe.batch):
             index = torch.arange(first, first + self.recipe.batch, device=self.model.device)
             made = self.make(index, Draws(self.recipe.seed, 0, index))
-            yield {key: value[: rows.stop - first].cpu() for key, value in made.items()}
+            part = {key: value[: rows.stop - first].cpu() for key, value in made.items()}
+            for key, value in part.items():
+                if not value.isfinite().all():
+                    last = first + len(value) - 1
+                    raise UserError(
+                        f"teacher '{self.teacher}': NaN or infinite numbers in '{key}' of the pairs {first} to {last}, "
+                        f"expected finite ones; give another checkpoint, more steps or less guidance"
+                    )
+            yield part
 
 
 def starts_from_data(teacher: Path) -> bool:
@@ -188,8 +205,14 @@ def write_pairs(
         UserError: the folder holds pairs of another teacher or recipe, or it can't be written (disk full).
     """
     folder = Path(folder)
+    new = not folder.exists()
     with _alone(folder) if rank == 0 else nullcontext():
-        return _write(maker, folder, rank, world, barrier, tick)
+        try:
+            return _write(maker, folder, rank, world, barrier, tick)
+        finally:
+            if new:
+                with suppress(OSError):  # it stays where something is in it
+                    folder.rmdir()
 
 
 def _write(
@@ -202,6 +225,7 @@ def _write(
     shards = [range(a, min(a + recipe.shard, recipe.n)) for a in range(0, recipe.n, recipe.shard)]
     missing = [n for n, rows in enumerate(shards) if not _complete(shard_file(folder, n), len(rows))]
     tick(sum(len(rows) for n, rows in enumerate(shards) if n not in missing))
+    recorded = (folder / MANIFEST).exists() and read_manifest(folder)["n"] >= recipe.n
     barrier()
     made = 0
     for number in missing[rank::world]:
@@ -211,6 +235,9 @@ def _write(
             made += len(next(iter(part.values())))
             tick(len(next(iter(part.values()))))
         tensors = {k: torch.cat([part[k] for part in parts]).contiguous() for k in parts[0]}
+        if not recorded:  # not before there is a shard to write: what can't be made leaves nothing behind
+            _record(maker, folder, rank)
+            recorded = True
         _atomically(shard_file(folder, number), save(tensors))
     barrier()
     return made
@@ -261,7 +288,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _begin(maker: PairMaker, folder: Path) -> None:
-    """Checks the manifest that is there, or writes it."""
+    """Checks the manifest that is there, or that the folder can be written."""
     recipe = maker.recipe
     wanted = maker.identity()
     if (folder / MANIFEST).exists():
@@ -272,18 +299,32 @@ def _begin(maker: PairMaker, folder: Path) -> None:
                 raise UserError(f"pairs '{folder}': made with {what}, expected {key}={value}; give another folder")
         if found["shard"] != recipe.shard:
             raise UserError(f"pairs '{folder}': shards of {found['shard']}, expected {recipe.shard}")
-        if found["n"] >= recipe.n:
-            return
-    elif folder.is_dir() and any(path != _part(folder / MANIFEST) for path in folder.iterdir()):
+    elif folder.is_dir() and any(path not in _parts(folder) for path in folder.iterdir()):
         raise UserError(f"pairs '{folder}': not empty and without {MANIFEST}; expected a new or empty folder")
-    manifest = wanted | {
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in _parts(folder):
+            part.unlink()
+    except OSError as error:
+        raise UserError(f"pairs '{folder}': cannot be written ({error.strerror}); give another folder") from error
+
+
+def _record(maker: PairMaker, folder: Path, rank: int) -> None:
+    """Writes the manifest; each rank may, before its first shard, and all write the same."""
+    recipe = maker.recipe
+    manifest = maker.identity() | {
         "n": recipe.n,
         "shard": recipe.shard,
         "shape": list(maker.shape),
         "times": recipe.times,
         "teacher": str(maker.teacher),
     }
-    _atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    _atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode(), rank)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Manifests that a killed run did not complete."""
+    return list(folder.glob(f".{MANIFEST}*.part"))
 
 
 def _complete(path: Path, rows: int) -> bool:
@@ -315,18 +356,18 @@ def shard_layout(path: Path) -> dict[str, Any]:
     return {"rows": rows.pop(), "tensors": tensors}
 
 
-def _part(path: Path) -> Path:
-    """What a file is called until it is complete."""
-    return path.with_name(f".{path.name}.part")
+def _part(path: Path, rank: int = 0) -> Path:
+    """What a file is called until it is complete; where all ranks write the same file, each has a name of its own."""
+    return path.with_name(f".{path.name}.{rank}.part" if rank else f".{path.name}.part")
 
 
-def _atomically(path: Path, content: bytes) -> None:
+def _atomically(path: Path, content: bytes, rank: int = 0) -> None:
     """Gives a file its name when it is complete and on disk.
 
     Raises:
         UserError: the disk is full, or the folder can't be written.
     """
-    part = _part(path)
+    part = _part(path, rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules import pairs
 from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.grids import uniform
 from penstock.lightning_modules.flow.solvers import RK45, Heun
@@ -229,3 +230,35 @@ def test_the_default_folder_is_beside_the_teacher_and_differs_by_recipe(teacher)
     folders = {default_folder(PairMaker(teacher, recipe(**c))) for c in ({}, {"seed": 1}, {"steps": 4}, {"n": 99})}
     assert len(folders) == 3
     assert {f.parent for f in folders} == {teacher.parents[1] / "pairs"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["seed=99999999999999999999999"], "seed=99999999999999999999999, expected at most 18446744073709551615"),
+        (["guidance=nan"], "guidance=nan, expected a finite number"),
+        (["guidance=-inf"], "guidance=-inf, expected a finite number"),
+    ],
+)
+def test_words_out_of_range_leave_nothing_behind(teacher, tmp_path, capsys, words, named):
+    assert main(["pairs", f"ckpt_path={teacher}", "n=5", f"out={tmp_path / 'p'}", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert named in error
+    assert "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_whose_samples_are_not_finite(teacher, tmp_path):
+    class Late(PairMaker):
+        def make(self, index, draws, label=None):
+            made = super().make(index, draws, label)
+            made["image"][index >= 12] = torch.nan
+            return made
+
+    with pytest.raises(UserError, match=r"last\.ckpt': NaN or infinite numbers in 'image' of the pairs 10 to 14"):
+        write_pairs(Late(teacher, recipe()), tmp_path / "late")
+    assert sorted(p.name for p in (tmp_path / "late").iterdir()) == ["pairs.json", "shard_000000.safetensors"]
+    with pytest.raises(UserError, match="of the pairs 10 to 14"):
+        write_pairs(Late(teacher, recipe(shard=25)), tmp_path / "first")
+    assert not (tmp_path / "first").exists()
+    assert write_pairs(PairMaker(teacher, recipe()), tmp_path / "late") == 15
