@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from penstock.datamodules.noise_store import regenerate
+from penstock.datamodules.noise_store import BYTES, regenerate
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.pairs import VERSION, Recipe
 
 FINEST = 1000
+BLOCK = 2**22  # numbers looked at together
 
 
 class Layout(Protocol):
@@ -121,6 +123,8 @@ class _Seed:
     def __init__(self, folder: Path):
         self.folder = folder
         self.z0, self.z1 = self._read("z0"), self._read("z1")
+        for name, values in (("z0", self.z0), ("z1", self.z1)):
+            self._check_finite(name, values)
         if self.z0.shape != self.z1.shape:
             raise UserError(f"pairs '{folder}': z0.npy is {self.z0.shape}, z1.npy {self.z1.shape}, expected the same")
         if self.z0.ndim < 2 or not self.z0.size:
@@ -133,15 +137,32 @@ class _Seed:
     def _read(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
-            return np.load(path, mmap_mode="r")
+            found = np.load(path, mmap_mode="r")
         except FileNotFoundError:
             raise UserError(f"pairs '{self.folder}': {name}.npy is missing; expected z0.npy and z1.npy") from None
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"pairs '{path}': can't be read as an array ({type(error).__name__})") from None
+        kind = found.dtype if isinstance(found, np.ndarray) else "an archive of arrays"
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+            raise UserError(f"pairs '{path}': found {kind}, expected an array of numbers, such as float32")
+        return found
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        """Raises UserError for numbers that are none in float32, which we store."""
+        rows = max(1, BLOCK // max(1, values[:1].size)) if values.ndim else 1
+        for first in range(0, len(values) if values.ndim else 0, rows):
+            with np.errstate(over="ignore"):
+                good = np.isfinite(values[first : first + rows].astype(np.float32, copy=False))
+            if not good.all():
+                row = first + int(np.argwhere(~good)[0][0])
+                path = self.folder / f"{name}.npy"
+                raise UserError(f"pairs '{path}': NaN or infinite in row {row}, expected finite float32 numbers")
 
     def _times(self) -> list[float]:
         """Times of the states, from 0 to 1, of segments that follow one another."""
         t0, t1 = self._read("t0"), self._read("t1")
+        for name, values in (("t0", t0), ("t1", t1)):
+            self._check_finite(name, values)
         if not t0.shape == t1.shape == self.z0.shape[:1]:
             found = f"t0.npy is {t0.shape}, t1.npy {t1.shape}"
             raise UserError(f"pairs '{self.folder}': {found}, expected {self.z0.shape[:1]}, one time a row of z0.npy")
@@ -196,6 +217,13 @@ class Pictures:
             )
         if not made:
             raise UserError(f"pairs '{folder}': no pairs in it")
+        for name in self.names:
+            if (size := self.noise.size(name)) != BYTES:
+                place = self.noise.place(name)
+                raise UserError(
+                    f"pairs '{place}': found {size} bytes, expected {BYTES} (state and increment of PCG64); "
+                    f"take the file from the official store again"
+                )
         self.n, self.shape = len(self.names), self._image(self.names[0]).shape
 
     @cached_property
@@ -260,4 +288,16 @@ class _Files:
 
     def read(self, name: str) -> bytes:
         path = f"{name}{self.ending}"
-        return self.archive.read(path) if self.archive else (self.root / path).read_bytes()
+        try:
+            return self.archive.read(path) if self.archive else (self.root / path).read_bytes()
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+            raise UserError(f"pairs '{self.place(name)}': can't be read ({error}); expected a whole file") from None
+
+    def size(self, name: str) -> int:
+        """Bytes of one file, without reading it."""
+        path = f"{name}{self.ending}"
+        return self.archive.getinfo(path).file_size if self.archive else (self.root / path).stat().st_size
+
+    def place(self, name: str) -> Path:
+        """Where one file is, below the archive's name where there is an archive."""
+        return Path(self.archive.filename if self.archive else self.root) / f"{name}{self.ending}"

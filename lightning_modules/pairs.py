@@ -39,6 +39,29 @@ MANIFEST = "pairs.json"
 VERSION = 1
 
 
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _indices(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int for entry in value)
+
+
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of a manifest: what is expected, and whether it is
+    **dict.fromkeys(("n", "shard", "steps"), ("a whole number of 1 or more", _count)),
+    "key": ("the name of the data", lambda value: isinstance(value, str)),
+    "shape": ("a list of whole numbers", _indices),
+    "keep": ("null or a list of whole numbers", lambda value: value is None or _indices(value)),
+}
+ORIGINS = {  # keys of a manifest that say where the pairs are from
+    "official": "pairs of an official repository",
+    "weights": "pairs that a teacher made of noise",
+    "real": "pairs of real data and its noise",
+    "source": "pairs that start at a data set",
+    "prompts": "pairs made for prompts",
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How pairs are made.
@@ -261,8 +284,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"pairs '{folder}': no {MANIFEST} there; expected a folder made by penstock pairs") from None
     except ValueError as error:
         raise UserError(f"pairs '{path}': not JSON ({error}); expected a file made by penstock pairs") from None
+    if not isinstance(manifest, dict):
+        found = type(manifest).__name__
+        raise UserError(f"pairs '{path}': found a {found}, expected an object made by penstock pairs")
     if manifest.get("version") != VERSION:
         raise UserError(f"pairs '{path}': found version {manifest.get('version')}, expected {VERSION}")
+    for key, (expected, fits) in ENTRIES.items():
+        if not fits(manifest.get(key)):
+            found = f"{key}={manifest[key]}" if key in manifest else f"no '{key}'"
+            raise UserError(f"pairs '{path}': {found}, expected {expected}; make the folder anew with penstock pairs")
     return manifest
 
 
@@ -277,14 +307,24 @@ def default_folder(maker: PairMaker) -> Path:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Runs that want the same pairs at once wait for the one that makes them."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"pairs '{folder}': cannot be written ({error.strerror})") from error
-    with lock:
+    path = folder.parent / f".{folder.name}.lock"
+    while True:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"pairs '{folder}': cannot be written ({error.strerror})") from error
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
+        lock.close()  # whoever held it removed the file while this process waited
+    with lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _begin(maker: PairMaker, folder: Path) -> None:
@@ -293,6 +333,13 @@ def _begin(maker: PairMaker, folder: Path) -> None:
     wanted = maker.identity()
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
+        origins = [[key for key in ORIGINS if key in one] for one in (found, wanted)]
+        if origins[0] != origins[1]:
+            ours, theirs = (ORIGINS[keys[-1]] if keys else "pairs of unknown origin" for keys in origins)
+            raise UserError(f"pairs '{folder}': holds {ours}, expected {theirs}; give another folder")
+        if found.get("official") != wanted.get("official"):
+            own = f"made of other files ('{found.get('teacher')}')"
+            raise UserError(f"pairs '{folder}': {own}, expected those of '{maker.teacher}'; give another folder")
         for key, value in wanted.items():
             if found.get(key) != value:
                 what = "the weights of another checkpoint" if key == "weights" else f"{key}={found.get(key)}"

@@ -36,8 +36,13 @@ def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, st
     if "ckpt_path" not in given:
         near = next((did_you_mean(k, keys) for k in given if k not in keys), "")
         raise UserError(f"{verb}: ckpt_path=... is required{near}")
-    if not Path(given["ckpt_path"]).is_file():
-        raise UserError(f"ckpt_path={given['ckpt_path']}: no such file")
+    path = Path(given["ckpt_path"])
+    if path.is_dir():
+        found = [path / name for name in ("checkpoints/last.ckpt", "last.ckpt") if (path / name).is_file()]
+        near = f" (did you mean '{found[0]}'?)" if found else ""
+        raise UserError(f"ckpt_path={path}: a folder, expected a checkpoint{near}")
+    if not path.is_file():
+        raise UserError(f"ckpt_path={path}: no such file")
     return given
 
 
@@ -58,6 +63,22 @@ def typed(key: str, value: str, kind: type) -> Any:
         return kind(value)
     except ValueError:
         raise UserError(f"{key}={value}: expected {kind.__name__}") from None
+
+
+def usable_device(name: str) -> str:
+    """The name of a device, once a tensor could be put there.
+
+    Raises:
+        UserError: there is no such device, or none here.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason, near = next(iter(str(error).splitlines()), "unusable"), did_you_mean(name, ["cpu", "cuda"])
+        raise UserError(f"device={name}: {reason}{near}; expected cpu or an available cuda") from error
+    return name
 
 
 def solver_config(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 import os
 from pathlib import Path
 
-from penstock.lightning_modules.cli.given import check_keys, pieces, solver_config, split, typed
+from penstock.lightning_modules.cli.given import check_keys, pieces, solver_config, split, typed, usable_device
 from penstock.lightning_modules.errors import UserError
 
 KEYS = {"ckpt_path": str, "n": int, "steps": int, "solver": str, "guidance": float, "seed": int}
@@ -24,6 +24,8 @@ def run_pairs(words: list[str]) -> int:
         return _take_over(words)
     given = split("pairs", words, KEYS)
     check_keys("pairs", given, KEYS)
+    if not given.get("steps", "1").lstrip("+-").isdigit():
+        raise UserError(f"steps={given['steps']}: pairs take a whole number of equal steps, expected such as steps=20")
     options = {key: typed(key, value, KEYS[key]) for key, value in given.items()}
     teacher = Path(options.pop("ckpt_path"))
     out, device = options.pop("out", None), options.pop("device", None)
@@ -41,7 +43,9 @@ def run_pairs(words: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
+    if device is not None:
+        usable_device(device)
+    else:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -67,6 +71,8 @@ def run_pairs(words: list[str]) -> int:
 
 def _take_over(words: list[str]) -> int:
     given = pieces("pairs", words, IMPORT)
+    if "ckpt_path" in given:
+        raise UserError("pairs: from and ckpt_path exclude each other; expected one of them")
     check_keys("pairs", given, IMPORT)
     options = {key: typed(key, value, IMPORT[key]) for key, value in given.items()}
     if "out" not in options:

@@ -69,3 +69,21 @@ def test_a_rank_is_killed_and_the_command_goes_on(teacher, tmp_path):
         found, expected = load_file(a), load_file(b)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_words_that_are_refused(teacher, tmp_path, capsys):
+    run = teacher.parents[1]
+    words = {
+        "device=foo": "device=foo: ",
+        "device=meta": "expected cpu or an available cuda",
+        "steps=bellman:8": "steps=bellman:8: pairs take a whole number of equal steps",
+        f"ckpt_path={run}": f"ckpt_path={run}: a folder, expected a checkpoint (did you mean '{teacher}'?)",
+    }
+    if not torch.cuda.is_available():
+        words["device=cuda"] = "device=cuda: "
+    for word, named in words.items():
+        assert main(["pairs", f"ckpt_path={teacher}", f"out={tmp_path / 'p'}", word]) == 2
+        error = capsys.readouterr().err.strip()
+        assert named in error
+        assert "\n" not in error
+    assert not list(tmp_path.iterdir())

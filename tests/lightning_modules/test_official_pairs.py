@@ -158,6 +158,15 @@ def test_arrays_that_do_not_fit(tmp_path, capsys):
     )
     segments(tmp_path / "f", 0, [0, 2**-0.5, 1])
     assert "expected multiples of 1/K_max" in refused(tmp_path / "f", tmp_path, capsys)
+    for name, value in {"z1": np.full((10, *SHAPE), "a"), "t0": np.full(10, "b"), "t1": np.full(10, np.nan)}.items():
+        segments(tmp_path / name, 0, [0, 0.5, 1])
+        np.save(tmp_path / name / "0" / f"{name}.npy", value)
+        expected = f"{name}.npy': " + ("NaN or infinite in row 0" if name == "t1" else "found <U1, expected an array")
+        assert expected in refused(tmp_path / name, tmp_path, capsys)
+    z0, _ = arrays(tmp_path / "inf", 0)
+    z0[3, 0, 2, 1] = np.inf
+    np.save(tmp_path / "inf" / "0" / "z0.npy", z0)
+    assert "z0.npy': NaN or infinite in row 3" in refused(tmp_path / "inf", tmp_path, capsys)
     (tmp_path / "g").mkdir()
     assert "no <seed>/z0.npy and no z.zip there" in refused(tmp_path / "g", tmp_path, capsys)
     assert "no such folder" in refused(tmp_path / "none", tmp_path, capsys)
@@ -176,7 +185,7 @@ def test_pictures_that_do_not_fit(tmp_path, capsys):
     assert expected in refused(folder, tmp_path, capsys)
     folder = broken("b", "zs/0/00002.bin", b"short")
     assert main(["pairs", f"from={folder}", f"out={tmp_path / 'b_out'}"]) == 2
-    assert "found 5 bytes, expected 32" in capsys.readouterr().err
+    assert "00002.bin': found 5 bytes, expected 32" in capsys.readouterr().err
     folder = broken("c", "samples/0/00001.png", b"none")
     assert main(["pairs", f"from={folder}", f"out={tmp_path / 'c_out'}"]) == 2
     assert "'0/00001.png' is no image" in capsys.readouterr().err
@@ -188,6 +197,7 @@ def test_pictures_that_do_not_fit(tmp_path, capsys):
     folder = broken("e", "images_labels.csv", b"0/00000.png,1\n", classes=True)
     assert main(["pairs", f"from={folder}", f"out={tmp_path / 'e_out'}"]) == 2
     assert "no label of '0/00001.png'" in capsys.readouterr().err
+    assert not [path for path in tmp_path.glob("*_out*") if path.is_dir()]
 
 
 def test_words_and_another_folder(tmp_path, capsys):
@@ -199,6 +209,13 @@ def test_words_and_another_folder(tmp_path, capsys):
     assert "pairs ou: unknown (did you mean 'out'?)" in capsys.readouterr().err
     assert main(["pairs", f"from={tmp_path / 'b'}", f"out={tmp_path / 'out'}"]) == 0
     assert main(["pairs", f"from={tmp_path / 'a'}", f"out={tmp_path / 'out'}"]) == 2
-    assert "made with official=" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "made of other files" in error
+    assert f"expected those of '{tmp_path / 'a'}'; give another folder" in error
+    assert main(["pairs", f"from={tmp_path / 'a'}", "ckpt_path=last.ckpt"]) == 2
+    assert "from and ckpt_path exclude each other" in capsys.readouterr().err
+    assert main(["pairs", f"from={tmp_path / 'a'}", "shard=0", f"out={tmp_path / 'none'}"]) == 2
+    assert "shard=0, expected 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.lock"))
     with pytest.raises(UserError, match=r"samples \[3, 8, 8\], expected \[1, 8, 8\], data.real's"):
         Pairs(Digits(), folder=str(tmp_path / "out")).setup()

@@ -262,3 +262,21 @@ def test_a_teacher_whose_samples_are_not_finite(teacher, tmp_path):
         write_pairs(Late(teacher, recipe(shard=25)), tmp_path / "first")
     assert not (tmp_path / "first").exists()
     assert write_pairs(PairMaker(teacher, recipe()), tmp_path / "late") == 15
+
+
+def test_a_manifest_that_is_none(teacher, tmp_path):
+    maker, path = PairMaker(teacher, recipe(n=5)), tmp_path / "p" / "pairs.json"
+    write_pairs(maker, tmp_path / "p")
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+    good = json.loads(path.read_text())
+    for content, named in (
+        ([1], "found a list, expected an object"),
+        ({key: value for key, value in good.items() if key != "shard"}, "no 'shard', expected a whole number of 1"),
+        (good | {"n": "5"}, "n=5, expected a whole number"),
+        (good | {"shape": None}, "shape=None, expected a list of whole numbers"),
+        (good | {"real": "abc"}, "holds pairs of real data and its noise, expected pairs that a teacher made of noise"),
+        (good | {"official": "abc"}, "holds pairs that a teacher made of noise, expected"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=named):
+            write_pairs(maker, tmp_path / "p")
