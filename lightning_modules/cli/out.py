@@ -66,5 +66,5 @@ def together(verb: str, out: Path) -> Iterator[Path]:
 
 def _refused(verb: str, out: Path, error: OSError) -> UserError:
     return UserError(
-        f"{verb} out={out}: can't be written ({error.strerror or error}); expected a folder with room that can be"
+        f"{verb} out={out}: can't be written ({error.strerror or error}); expected a folder that can, with room in it"
     )
