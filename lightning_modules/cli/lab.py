@@ -33,6 +33,10 @@ NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",
 )
 VERBS = ("fit", "validate", "test", "predict")
+BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
+for _name in (*BATCHES, "overfit_batches", "val_check_interval"):
+    # `typing` may hand out the union with float first, which makes one batch, 1, of what is read: all of them, 1.0
+    Trainer.__init__.__annotations__[_name] = int | float | None
 
 
 class SaveConfig(SaveConfigCallback):

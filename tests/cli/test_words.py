@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
 from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.cli.compose import compose, nest_init_args, new_run_dir, quoted
@@ -222,3 +223,22 @@ def test_missing_hydra_plugin_is_one_line(capsys):
     err = capsys.readouterr().err
     assert "nothing" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("limit_train_batches=1", 1),
+        ("limit_val_batches=1.0", 1.0),
+        ("limit_test_batches=0.5", 0.5),
+        ("limit_predict_batches=1", 1),
+        ("overfit_batches=1", 1),
+        ("val_check_interval=1", 1),
+    ],
+)
+def test_one_batch_is_not_all_batches(word, value, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(Trainer, "fit", lambda self, *_, **__: seen.append(getattr(self, word.partition("=")[0])))
+    assert main(["fit", "experiment=rectified_flow_digits", "logger=csv", f"trainer.{word}"]) == 0
+    assert (seen, type(seen[0])) == ([value], type(value))
