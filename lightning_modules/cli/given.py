@@ -36,14 +36,19 @@ def split(verb: str, words: list[str], keys: Mapping[str, type]) -> dict[str, st
     if "ckpt_path" not in given:
         near = next((did_you_mean(k, keys) for k in given if k not in keys), "")
         raise UserError(f"{verb}: ckpt_path=... is required{near}")
-    path = Path(given["ckpt_path"])
+    check_file(given["ckpt_path"])
+    return given
+
+
+def check_file(checkpoint: str) -> None:
+    """Raises UserError where `ckpt_path` is no file, with the newest checkpoint in it where it is a folder."""
+    path = Path(checkpoint)
     if path.is_dir():
         found = [path / name for name in ("checkpoints/last.ckpt", "last.ckpt") if (path / name).is_file()]
         near = f" (did you mean '{found[0]}'?)" if found else ""
-        raise UserError(f"ckpt_path={path}: a folder, expected a checkpoint{near}")
+        raise UserError(f"ckpt_path={checkpoint}: a folder, expected a checkpoint{near}")
     if not path.is_file():
-        raise UserError(f"ckpt_path={path}: no such file")
-    return given
+        raise UserError(f"ckpt_path={checkpoint}: no such file")
 
 
 def check_keys(verb: str, given: Mapping[str, str], keys: Mapping[str, type]) -> None:

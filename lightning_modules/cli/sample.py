@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from penstock.lightning_modules.cli.given import check_keys, pieces, solver_config, split, typed
+from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed
 from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError
@@ -36,7 +36,6 @@ def run_sample(words: list[str]) -> int:
         UserError: an unknown word, a wrong type, n or steps below 1, a number that is not finite, no such label, a bad
             checkpoint, a folder that can't be written.
     """
-    _not_a_folder(pieces("sample", words, OWN).get("ckpt_path"))
     given = split("sample", words, OWN)
     path = Path(given["ckpt_path"])
     options = {key: typed(key, given[key], kind) for key, kind in OWN.items() if key in given}
@@ -104,14 +103,6 @@ def run_sample(words: list[str]) -> int:
     print(f"{options['n']} samples, {each}")
     print(f"written: {out}")
     return 0
-
-
-def _not_a_folder(text: str | None) -> None:
-    """Raises UserError where `ckpt_path` is a folder, with the newest checkpoint in it."""
-    if text and Path(text).is_dir():
-        found = next((p for p in (Path(text, "checkpoints/last.ckpt"), Path(text, "last.ckpt")) if p.is_file()), None)
-        near = f" (did you mean 'ckpt_path={found}'?)" if found else ""
-        raise UserError(f"ckpt_path={text}: a folder; expected a checkpoint{near}")
 
 
 def _labels(text: str | None, n: int, model: Any, device: Any) -> Any:

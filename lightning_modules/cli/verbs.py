@@ -8,6 +8,7 @@ from pathlib import Path
 
 from penstock.lightning_modules.cli.compose import SUGAR, as_given, compose, new_run_dir
 from penstock.lightning_modules.cli.conf import groups
+from penstock.lightning_modules.cli.given import check_file
 from penstock.lightning_modules.cli.teacher import find_or_train, known
 from penstock.lightning_modules.errors import UserError
 
@@ -41,8 +42,8 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
     on in that run's folder, the other verbs in a subfolder of it.
     """
     ckpt = _value(words, "ckpt_path")
-    if ckpt and not Path(ckpt).is_file() and ckpt not in ("last", "best", "null"):
-        raise UserError(f"ckpt_path={ckpt}: no such file")
+    if ckpt and ckpt not in ("last", "best", "null"):
+        check_file(ckpt)
     dialect = any(w.startswith("-") for w in words)
     if ckpt and not dialect and not any(w.partition("=")[0] in ("experiment", "model", "data") for w in words):
         saved = run_of_checkpoint(ckpt)

@@ -206,8 +206,8 @@ def test_sample_mistakes(words, parts, run, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("folder", "near"), [(".", "checkpoints/last.ckpt"), ("checkpoints", "last.ckpt"), ("..", "")])
 def test_sample_from_a_folder(folder, near, run, capsys):
     assert main(["sample", f"ckpt_path={run / folder}"]) == 2
-    hint = f" (did you mean 'ckpt_path={run / folder / near}'?)" if near else ""
-    assert capsys.readouterr().err == f"penstock: ckpt_path={run / folder}: a folder; expected a checkpoint{hint}\n"
+    hint = f" (did you mean '{run / folder / near}'?)" if near else ""
+    assert capsys.readouterr().err == f"penstock: ckpt_path={run / folder}: a folder, expected a checkpoint{hint}\n"
 
 
 def test_sample_tries_the_folder_first(run, capsys, monkeypatch):
