@@ -27,6 +27,8 @@ from penstock.lightning_modules.pairs import (
     write_pairs,
 )
 
+MADE = 6000  # pairs where nobody says how many
+
 
 class Pairs(KindDataModule):
     """Batches `source` (noise), the data that the teacher made of it, `label` where it is conditional, and `index`.
@@ -41,7 +43,8 @@ class Pairs(KindDataModule):
     Args:
         real: The data set that the teacher was trained on.
         teacher: Checkpoint of a flow, whose averaged weights make the pairs. None: only read `folder`.
-        n: Number of pairs; of an epoch where `online`.
+        n: Number of pairs; of an epoch where `online`. None is 6000 of a teacher, and all that a `folder` read without
+            one has.
         steps: Steps of the solver.
         solver: Solver that makes the pairs; None is the teacher's own.
         guidance: Guidance scale of the teacher.
@@ -66,7 +69,7 @@ class Pairs(KindDataModule):
         self,
         real: KindDataModule,
         teacher: str | None = None,
-        n: int = 6000,
+        n: int | None = None,
         steps: int = 20,
         solver: Solver | None = None,
         guidance: float = 1.0,
@@ -95,7 +98,9 @@ class Pairs(KindDataModule):
         self.folder = Path(folder) if folder else None
         self.keep, self.val_fraction = keep, val_fraction
         kept = tuple(keep) if isinstance(keep, list) else None
-        self.recipe = Recipe(n, steps, solver, guidance, pairs_seed, pairs_batch, shard, kept)
+        self.n = n
+        number = MADE if n is None else n
+        self.recipe = Recipe(number, steps, solver, guidance, pairs_seed, pairs_batch, shard, kept)
         self.times: list[float] | None = None
         self._maker: PairMaker | None = None
 
@@ -160,7 +165,13 @@ class Pairs(KindDataModule):
         if manifest["key"] != "latent" and tuple(manifest["shape"]) != self.shape:
             raise UserError(f"pairs '{folder}': samples {manifest['shape']}, expected {list(self.shape)}, data.real's")
         kept = manifest["keep"] and tuple(manifest["keep"])
-        self.recipe = Recipe(min(manifest["n"], self.recipe.n), manifest["steps"], keep=kept)
+        n = manifest["n"] if self.teacher is None and self.n is None else self.recipe.n
+        if n > manifest["n"]:
+            raise UserError(
+                f"pairs '{folder}': {manifest['n']} pairs, expected data.n={n}; give data.n={manifest['n']}, or "
+                f"data.n=null for all that are there"
+            )
+        self.recipe = Recipe(n, manifest["steps"], keep=kept)
         return PairStore(folder, manifest, self.recipe.n), manifest
 
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:

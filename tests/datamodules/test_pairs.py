@@ -82,6 +82,9 @@ def test_a_folder_without_its_teacher(teacher, tmp_path):
         read.store.fetch(made.numbers["train"][:3])["image"], made.store.fetch(made.numbers["train"][:3])["image"]
     )
     assert sum(map(len, read.numbers.values())) == 40
+    assert sum(map(len, ready(None, tmp_path / "p", n=None).numbers.values())) == 60
+    with pytest.raises(UserError, match=r"p': 60 pairs, expected data.n=61; give data.n=60, or data.n=null"):
+        ready(None, tmp_path / "p", n=61)
     (tmp_path / "p" / "shard_000001.safetensors").unlink()
     with pytest.raises(UserError, match=r"shard_000001.safetensors is missing; finish them with penstock pairs"):
         ready(None, tmp_path / "p")

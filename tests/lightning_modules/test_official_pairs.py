@@ -67,7 +67,7 @@ def pictures(folder, n=6, shape=(8, 8), zipped=True, classes=False):
 def taken(source, out, **options):
     """Taken over by the command line, then read by the DataModule."""
     assert main(["pairs", f"from={source}", f"out={out}", "shard=4"]) == 0
-    data = Pairs(Digits(), folder=str(out), n=1000, batch_size=4, **options)
+    data = Pairs(Digits(), folder=str(out), batch_size=4, **options)
     data.setup()
     return data, data.store.fetch(np.arange(data.recipe.n))
 
@@ -125,7 +125,7 @@ def test_boss_trains_on_them(teacher, tmp_path, monkeypatch):
     words = [
         f"data.folder={tmp_path / 'p'}",
         "data.teacher=null",
-        "data.n=20",
+        "data.n=null",
         "data.val_fraction=0.2",
         "num_classes=0",
     ]
