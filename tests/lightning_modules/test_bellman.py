@@ -104,7 +104,7 @@ def test_search_follows_the_sampler(num_classes, monkeypatch):
     flow.eval()
     expected = cost_matrix(compressed(lambda x, t: flow.net(x, t, cond), 1e-3), x, uniform(12))
     flow.train()
-    monkeypatch.setattr(bellman, "MEMORY", 4 * 12 * 16 * 2)
+    monkeypatch.setitem(bellman.MEMORY, "cpu", 4 * 12 * 16 // 2)
     found = schedules_of(flow, k_max=12, n=10, seed=5)
     torch.testing.assert_close(found.costs, expected, rtol=1e-3, atol=1e-8)
     assert found.path(3) == schedules(expected).path(3)
