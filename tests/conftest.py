@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("PENSTOCK_CACHE", os.path.join(tempfile.gettempdir(), "penstock-test-cache"))
-for name in ("RUN_DIR", "PL_GLOBAL_SEED", "PENSTOCK_CONF", "PENSTOCK_DATA"):
+OF_RUNS = ("RUN_DIR", "PL_GLOBAL_SEED", "PENSTOCK_CONF", "PENSTOCK_DATA")
+for name in OF_RUNS:
     os.environ.pop(name, None)
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +24,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def environment():
-    """Each test leaves the environment as it found it."""
+    """Each test leaves the environment as it found it; what a module's fixture ran before it left nothing either."""
+    for name in OF_RUNS:
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     os.environ.clear()
