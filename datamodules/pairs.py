@@ -174,6 +174,11 @@ class Pairs(KindDataModule):
         self.recipe = Recipe(n, manifest["steps"], keep=kept)
         return PairStore(folder, manifest, self.recipe.n), manifest
 
+    @property
+    def reference_fingerprint(self) -> str:
+        """Of the samples that `reference_dataloader` gives: the same for all pairs of one data set."""
+        return self.real.fingerprint
+
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
         """Real samples, never the teacher's."""
         self.real.trainer, self.real.eval_batch_size = self.trainer, self.eval_batch_size

@@ -62,7 +62,8 @@ def reference(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) ->
     All ranks must call it; each computes the share that `reference_dataloader` gives it.
 
     Args:
-        trainer: runs, with a datamodule that has `fingerprint` and `reference_dataloader`.
+        trainer: runs, with a datamodule that has `reference_dataloader` and `fingerprint`, or
+            `reference_fingerprint` where the reference is not of its own samples.
         extractor: prepared on the device of the run.
         split: of the data.
 
@@ -73,7 +74,8 @@ def reference(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) ->
         UserError: if the split is empty.
     """
     datamodule = trainer.datamodule
-    key = {"format": FORMAT, "data": datamodule.fingerprint, "split": split, "features": extractor.identity()}
+    data = getattr(datamodule, "reference_fingerprint", datamodule.fingerprint)
+    key = {"format": FORMAT, "data": data, "split": split, "features": extractor.identity()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{extractor.name}-{split}-{name}.safetensors"
     stored = _read(path) if rank_and_world()[0] == 0 else None

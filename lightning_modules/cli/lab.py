@@ -32,7 +32,6 @@ NOISE = (
     r".*does not have many workers.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
-VERBS = ("fit", "validate", "test", "predict")
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 for _name in (*BATCHES, "overfit_batches", "val_check_interval"):
     # `typing` may hand out the union with float first, which makes one batch, 1, of what is read: all of them, 1.0
@@ -85,6 +84,7 @@ class Lab(LightningCLI):
 
     def __init__(self, args: Any, restore_argv: Callable[[], None]):
         self.restore_argv = restore_argv
+        self.verb = args["subcommand"] if isinstance(args, dict) else args[0]
         kwargs = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             args=args,
@@ -93,8 +93,12 @@ class Lab(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            parser_kwargs={**kwargs, **dict.fromkeys(VERBS, kwargs)},
+            parser_kwargs={**kwargs, self.verb: kwargs},
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb alone: a parser for each of the four takes a third of a second."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
 
     def _parse_ckpt_path(self) -> None:
         pass

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed
+from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed, usable_device
 from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError
@@ -69,20 +69,17 @@ def run_sample(words: list[str]) -> int:
     for key, value in extra.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={given[key]}: expected a finite number")
-    name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        model = model.to(device).eval()
-    except RuntimeError as error:
-        raise UserError(f"device={name}: {str(error).splitlines()[0]}; expected cpu or an available cuda") from error
+    device = torch.device(usable_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model = model.to(device).eval()
     cond = _labels(options.get("labels"), options["n"], model, device)
     generator = torch.Generator(device).manual_seed(options.get("seed", 0))
 
     steps = options.get("steps", str(getattr(model, "default_steps", 20)))
     steps = steps if isinstance(asked, Bellman) else int(steps)
     run = run_of_checkpoint(str(path))
-    called = f"sample_{re.sub('[:/]', '_', str(steps))}_steps" + (f"_{solver}" if solver else "")
-    out = Path(options.get("out") or (run or Path(".")) / "samples" / called)
+    called = [f"sample_{steps}_steps", *([solver] if solver else [])]
+    called += [f"{key}_{given[key]}" for key in (*extra, "labels", "seed") if key in given]
+    out = Path(options.get("out") or (run or Path(".")) / "samples" / re.sub(r"[^-.\w]", "_", "_".join(called)))
     with made("sample", out):
         if isinstance(asked, Bellman):
             sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
@@ -94,6 +91,7 @@ def run_sample(words: list[str]) -> int:
                 parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
         seconds = time.perf_counter() - start
         report = {"n": options["n"], "steps": steps} | ({"solver": solver} if solver else {})
+        report |= extra | ({"labels": options["labels"]} if "labels" in options else {})
         report |= {"network_calls": model.nfe, "device": str(device), "seconds_per_sample": seconds / options["n"]}
         report |= {"checkpoint": str(path), "seed": options.get("seed", 0)}
         with together("sample", out) as folder:

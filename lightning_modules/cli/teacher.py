@@ -2,8 +2,10 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +54,7 @@ def find_or_train(teacher: str, key: str = "teacher") -> str:
         print(f"{key}: {'goes on' if unfinished else 'trains first'}: {run}", file=sys.stderr)
         words = [f"ckpt_path={run / LAST}"] if unfinished else [f"experiment={teacher}"]
         code = _fit(words, run)
-    if code == 130:
+    if code in (130, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code or not (run / LAST).is_file():
         raise UserError(f"{key}={teacher}: its training in '{run}' ended with exit code {code}")
@@ -78,12 +80,25 @@ def _fit(words: list[str], run: Path) -> int:
     launched = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     environment = {k: v for k, v in os.environ.items() if k not in launched} | {"RUN_DIR": str(run.resolve())}
     command = [sys.executable, "-P", "-m", "penstock.lightning_modules", "fit", *words]
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(command, env=environment) as process, _ends_with_us(process):
         while True:
             try:
                 return process.wait()
             except KeyboardInterrupt:
                 continue
+
+
+@contextmanager
+def _ends_with_us(process: subprocess.Popen) -> Iterator[None]:
+    """Hands SIGTERM on to `process`; Ctrl-C reaches it from the terminal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

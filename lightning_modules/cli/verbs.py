@@ -64,9 +64,15 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
         return [verb, *_as_flags(words)], new_run_dir(name)
     if not words:
         raise UserError(f"{verb}: nothing to run; expected experiment=NAME (penstock list experiments)")
-    if run:
-        compose(words, known)  # mistakes show before a teacher trains
-    tree, name = compose(words, find_or_train if run else as_given)
+    named = []
+
+    def checked(teacher: str, key: str) -> str:
+        named.append(key)
+        return known(teacher, key) if run else as_given(teacher, key)
+
+    tree, name = compose(words, checked)
+    if run and named:  # mistakes show before a teacher trains
+        tree, name = compose(words, find_or_train)
     return {"subcommand": verb, verb: tree}, new_run_dir(name)
 
 

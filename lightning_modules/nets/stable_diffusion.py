@@ -21,7 +21,9 @@ class StableDiffusion(nn.Module):
     `a = sqrt(alphas_cumprod)`, `a^2 + s^2 = 1`, carried over exactly: the straight path has the same ratio of data to
     noise at `t = a / (a + s)`, where `x_t = x_vp / (a + s)` and `v = (x_vp - s eps) / a - eps`. The network time comes
     from linear interpolation in `log(a / s) = logit(t)`. Before the noisiest level `t_min` (0.064 in Stable
-    Diffusion 1.5) the network is asked there, and `v = (D - x_t) / (1 - t)` heads for its data prediction `D`.
+    Diffusion 1.5) the network is asked there, and `v = (D - x_t) / (1 - t)` heads for its data prediction `D`. After
+    the cleanest level (0.972) its answer at that level stands, which only a solver with a stage there meets: `times`
+    takes the last step from that level to 1.
 
     Args:
         unet: `unet(x, times, encoder_hidden_states=, return_dict=False) -> (output,)`, times `(B,)` float.

@@ -77,6 +77,7 @@ def test_philox(tmp_path, monkeypatch):
     assert found["bandwidth_gb_per_second"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_bellman(tmp_path):
     words = ["--n", "6", "--k-max", "10", "--width", "4", "--rounds", "1", "--threads", "1"]

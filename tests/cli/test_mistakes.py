@@ -237,13 +237,16 @@ def test_sample_on_a_full_disk(old, run, capsys, tmp_path, monkeypatch):
     assert (tmp_path / "a").exists() == old
 
 
-def test_samples_of_a_solver_have_their_own_folder(run):
+def test_samples_of_other_options_have_their_own_folder(run):
     words = [f"ckpt_path={run}/checkpoints/last.ckpt", "n=2", "steps=bellman:1/2"]
     assert main(["sample", *words]) == 0
     assert main(["sample", *words, "solver=heun"]) == 0
     plain, heun = (run / "samples" / f"sample_bellman_1_2_steps{suffix}" for suffix in ("", "_heun"))
     assert json.loads((heun / "report.json").read_text())["solver"] == "heun"
     assert "solver" not in json.loads((plain / "report.json").read_text())
+    assert main(["sample", *words[:2], "steps=1", "guidance=1.5", "labels=3,1", "seed=7"]) == 0
+    chosen = json.loads((run / "samples" / "sample_1_steps_guidance_1.5_labels_3_1_seed_7" / "report.json").read_text())
+    assert (chosen["guidance"], chosen["labels"], chosen["seed"]) == (1.5, "3,1", 7)
 
 
 def test_sample_writes_pictures(run, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs through the command line: run folder, re-run, resume, sweeps, two ranks, torchrun."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,12 +23,24 @@ TINY += [
 CSV = [*TINY, "logger=csv"]
 
 
-def penstock(*words, cwd, python=(sys.executable, "-m", "penstock.lightning_modules"), **environment):
+PROGRAM = (sys.executable, "-m", "penstock.lightning_modules")
+
+
+def penstock(*words, cwd, python=PROGRAM, **environment):
+    """The program as a process of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("RUN_DIR", "PL_GLOBAL_SEED")}
     env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environment}
     done = subprocess.run([*python, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def here(*words, cwd, **environment):
+    """The same in this process, which spares the imports."""
+    os.environ.pop("RUN_DIR", None)
+    os.environ |= environment
+    with contextlib.chdir(cwd):
+        assert main([*words]) == 0
 
 
 def runs(folder: Path) -> list[Path]:
@@ -64,7 +77,7 @@ def test_run_folder_holds_what_it_promises(first):
 
 
 def test_a_saved_configuration_re_runs_to_the_same_numbers(first, tmp_path):
-    penstock("fit", "--config", str(first / "config.yaml"), cwd=tmp_path)
+    here("fit", "--config", str(first / "config.yaml"), cwd=tmp_path)
     (again,) = runs(tmp_path)
     assert again != first
     old, new = (json.loads((run / "metrics.json").read_text()) for run in (first, again))
@@ -96,7 +109,7 @@ def test_print_of_a_checkpoint_checks_the_words(first, capsys):
 
 
 def test_test_verb_takes_everything_from_the_checkpoint(first, tmp_path):
-    penstock("test", f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / "t"))
+    here("test", f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / "t"))
     fitted = json.loads((first / "metrics.json").read_text())
     tested = json.loads((tmp_path / "t" / "metrics.json").read_text())
     for key in ("test/loss", "fd_pixels/1", "label_accuracy/2"):
@@ -105,7 +118,7 @@ def test_test_verb_takes_everything_from_the_checkpoint(first, tmp_path):
 
 def test_user_wins_over_hyper_parameters_of_the_checkpoint(first, tmp_path):
     words = [*CSV, "model.guidance=3.5", f"ckpt_path={first}/checkpoints/last.ckpt"]
-    penstock("test", *words, cwd=tmp_path)
+    here("test", *words, cwd=tmp_path)
     (run,) = runs(tmp_path)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["guidance"] == 3.5
     from lightning.pytorch.cli import LightningCLI
@@ -115,7 +128,7 @@ def test_user_wins_over_hyper_parameters_of_the_checkpoint(first, tmp_path):
 
 def test_predict_and_validate(first, tmp_path):
     for verb in ("validate", "predict"):
-        penstock(verb, f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / verb))
+        here(verb, f"ckpt_path={first}/checkpoints/last.ckpt", cwd=tmp_path, RUN_DIR=str(tmp_path / verb))
     assert "val/loss" in json.loads((tmp_path / "validate" / "metrics.json").read_text())
     assert list((tmp_path / "predict" / "predictions").glob("*.safetensors"))
     assert list((tmp_path / "predict" / "predictions").glob("*.png"))
@@ -123,7 +136,7 @@ def test_predict_and_validate(first, tmp_path):
 
 def test_fused_optimiser_is_clipped_under_bf16(tmp_path):
     words = ["perf=bf16", "callbacks.metrics=null", "model.optimizer.fused=true", "trainer.gradient_clip_val=1.0"]
-    penstock("fit", *CSV, *words, cwd=tmp_path)
+    here("fit", *CSV, *words, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
-import sys
+import threading
 
 import pytest
 import yaml
@@ -40,25 +41,19 @@ def quick(tmp_path, monkeypatch):
 
 
 def penstock(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "penstock.lightning_modules", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    """A command in this process; what it starts is a process of its own."""
+    os.environ.pop("RUN_DIR", None)
+    assert main([*words]) == 0
 
 
 def runs(folder, name):
     return sorted(p.parent for p in (folder / "runs" / name).glob("*/config.yaml"))
 
 
-def test_one_command_trains_the_teacher_and_finds_it_afterwards_also_for_a_third_flow(quick):
-    first = penstock("fit", "experiment=second")
+def test_one_command_trains_the_teacher_and_finds_it_afterwards_also_for_a_third_flow(quick, capsys):
+    penstock("fit", "experiment=second")
     (flow,), (second,) = runs(quick, "flow"), runs(quick, "second")
-    assert "teacher: trains first" in first.stderr
+    assert "teacher: trains first" in capsys.readouterr().err
     config = yaml.safe_load((second / "config.yaml").read_text())
     checkpoint = str(flow / "checkpoints" / "last.ckpt")
     assert config["data"]["init_args"]["teacher"] == config["model"]["init_args"]["initial"] == checkpoint
@@ -67,8 +62,8 @@ def test_one_command_trains_the_teacher_and_finds_it_afterwards_also_for_a_third
     assert len(list(made.glob("shard_*"))) == 2
     stamps = {p: p.stat().st_mtime_ns for p in made.iterdir()}
 
-    again = penstock("fit", "experiment=second")
-    assert f"teacher: {flow.relative_to(quick)}/checkpoints/last.ckpt" in again.stderr
+    penstock("fit", "experiment=second")
+    assert f"teacher: {flow.relative_to(quick)}/checkpoints/last.ckpt" in capsys.readouterr().err
     assert runs(quick, "flow") == [flow]
     assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == stamps
     a, b = (json.loads((run / "metrics.json").read_text()) for run in runs(quick, "second"))
@@ -151,6 +146,21 @@ def test_a_mistyped_teacher_is_one_line(capsys):
     assert (
         "teacher=rectified_flow_digit: no such file, run folder or experiment (did you mean" in capsys.readouterr().err
     )
+
+
+def test_a_stopped_process_stops_the_teacher_that_it_trains(tmp_path, monkeypatch):
+    children = []
+
+    def child(command, env):
+        children.append(start(["sleep", "100"]))
+        return children[-1]
+
+    start = subprocess.Popen
+    monkeypatch.setattr(teacher.subprocess, "Popen", child)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert teacher._fit([], tmp_path) == children[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_teacher_that_fails_is_one_line(quick, monkeypatch):

@@ -5,6 +5,7 @@ leave everything random switched on (dropout, dequantisation, couplings), a lear
 the weights.
 """
 
+import pytest
 import teachers
 
 DIGITS = [
@@ -70,6 +71,11 @@ COMMON = [
     "trainer.accelerator=cpu",
     "trainer.enable_model_summary=false",
 ]
+
+
+def mostly_slow(*quick: str) -> list:
+    """All methods as parameters of a test that only `quick` ones pass through in the quick suite."""
+    return [method if method in quick else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
 
 
 def words(method: str) -> list[str]:

@@ -4,7 +4,7 @@ import shutil
 
 import harness
 import pytest
-from methods import METHODS, words
+from methods import METHODS, mostly_slow, words
 
 WATCHING = ["callbacks.checkpoint.every_n_train_steps=null", "callbacks.checkpoint.every_n_epochs=1"]
 WATCHING += ["callbacks.checkpoint.monitor=val/loss", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"]
@@ -17,6 +17,7 @@ SETUPS = {
     "saving each epoch": ["callbacks.checkpoint.every_n_train_steps=null"],
 }
 CUTS = ["step1", "step3", "validated4", "epoch4", "step6"]
+QUICK = ("rectified_flow_digits", "reflow_digits", "rectified_flow_ot")
 OTHER = [("two workers", "step2"), ("two workers", "epoch4"), ("watching a metric", "validated8")]
 OTHER += [("validating within epochs", "step1"), ("validating within epochs", "validated2")]
 OTHER += [("accumulating", "step1"), ("accumulating", "epoch2")]
@@ -52,8 +53,15 @@ def assert_same(run, other):
     assert harness.metrics(run) == harness.metrics(other)
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("method", METHODS)
+def at_each_cut():
+    """Every method within an epoch; at the other moments three of them, the rest in the slow suite."""
+    for method in METHODS:
+        for cut in CUTS:
+            quick = cut == "step3" or method in QUICK
+            yield pytest.param(method, cut, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "cut"), at_each_cut())
 def test_killed_and_resumed(method, cut, whole, tmp_path):
     run, cuts = whole(method)
     assert_same(resumed(cuts / cut, tmp_path), run)
@@ -65,7 +73,7 @@ def test_killed_and_resumed_in_other_setups(setup, cut, whole, tmp_path):
     assert_same(resumed(cuts / cut, tmp_path), run)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(*QUICK))
 def test_a_finished_run_goes_on(method, whole, tmp_path):
     finished = tmp_path / "finished"
     assert harness.penstock("fit", *words(method), "trainer.max_epochs=1", run=finished).code == 0

@@ -4,10 +4,10 @@ import harness
 import pytest
 import torch
 import yaml
-from methods import METHODS, words
+from methods import mostly_slow, words
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=mostly_slow("rectified_flow_digits", "rectified_flow_ot", "boss_digits"))
 def runs(request, tmp_path_factory):
     """Runs of one epoch: twice the seed 3, once the seed 4."""
     folder = tmp_path_factory.mktemp("seeds")

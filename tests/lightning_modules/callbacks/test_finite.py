@@ -148,6 +148,7 @@ def test_a_healthy_run_is_left_alone(tmp_path):
     assert torch.equal(guarded.layer.weight, plain.layer.weight)
 
 
+@pytest.mark.slow
 def test_nan_on_rank_1_stops_both_ranks_at_the_same_step(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     script = Path(__file__).resolve()

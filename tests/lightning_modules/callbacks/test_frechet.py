@@ -55,6 +55,9 @@ def test_reference_is_read_from_disk_and_belongs_to_its_data(fakes, tmp_path, ca
     data.fingerprint = "other"
     score(fakes, tmp_path, module, data, FrechetDistance(Pixels(), split="all"), steps=[4])
     assert data.asked == ["all", "train", "all"]
+    data.fingerprint, data.reference_fingerprint = "pairs of these", "other"
+    score(fakes, tmp_path, module, data, FrechetDistance(Pixels(), split="all"), steps=[4])
+    assert data.asked == ["all", "train", "all"]
     names = sorted(path.name for path in (cache / "reference").iterdir())
     assert len(names) == 3
     assert all(name.startswith("pixels-") and name.endswith(".safetensors") for name in names)
