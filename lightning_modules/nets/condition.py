@@ -37,6 +37,22 @@ def positional_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+class TimeEmbedding(nn.Sequential):
+    """Two linear layers on the sinusoidal embedding of 1000 t: times `(B,)` to `(B, dim)`.
+
+    Args:
+        features: even size of the sinusoidal embedding.
+        dim: size of the result.
+    """
+
+    def __init__(self, features: int, dim: int):
+        super().__init__(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.features = features
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(positional_embedding(t, self.features, 1000).to(self[0].weight.dtype))
+
+
 class FourierEmbedding(nn.Module):
     """Random Fourier features: [sin(2 pi W s), cos(2 pi W s)] with W ~ N(0, scale^2) frozen (arXiv 2006.10739 eq. 5).
 

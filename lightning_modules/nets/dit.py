@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from penstock.lightning_modules.nets.condition import (
     Condition,
     CrossAttention,
+    TimeEmbedding,
     check_image_shape,
     check_input,
-    positional_embedding,
 )
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -115,7 +115,7 @@ class DiT(nn.Module):
         self.grid = (height // patch, width // patch)
         self.patches = PatchEmbed((height, width), patch, channels, dim)
         self.register_buffer("positions", grid_embedding(dim, *self.grid), persistent=False)
-        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = TimeEmbedding(256, dim)
         self.condition = Condition(dim, num_classes, text_dim)
         self.blocks = nn.ModuleList(DiTBlock(dim, heads, text_dim=text_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -142,7 +142,7 @@ class DiT(nn.Module):
             ValueError: shapes do not fit.
         """
         check_input(x, t, self.shape)
-        emb = self.time(positional_embedding(t, 256, 1000).to(self.head.weight.dtype))
+        emb = self.time(t)
         pooled, text = self.condition(cond, len(x))
         emb = F.silu(emb if pooled is None else emb + pooled)
         h = self.patches(x)

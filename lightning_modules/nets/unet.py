@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from penstock.lightning_modules.nets.condition import (
     Condition,
     CrossAttention,
+    TimeEmbedding,
     attend,
     check_image_shape,
     check_input,
-    positional_embedding,
 )
 
 
@@ -127,10 +127,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"attention must name heights among {heights}, got {sorted(set(attention) - set(heights))}"
             )
-        self.shape, self.num_classes, self.width = shape, num_classes, width
+        self.shape, self.num_classes = shape, num_classes
         emb = 4 * width
         widths = [width * factor for factor in mult]
-        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time = TimeEmbedding(width, emb)
         self.condition = Condition(emb, num_classes, text_dim)
         self.stem = nn.Conv2d(shape[0], width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -174,7 +174,7 @@ class UNet(nn.Module):
             ValueError: shapes do not fit.
         """
         check_input(x, t, self.shape)
-        emb = self.time(positional_embedding(t, self.width, 1000).to(self.stem.weight.dtype))
+        emb = self.time(t)
         pooled, text = self.condition(cond, len(x))
         emb = F.silu(emb if pooled is None else emb + pooled)
         h, skips = self.stem(x), []
