@@ -17,7 +17,7 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.loggers import write_atomically
 from penstock.lightning_modules.seeds import run_seed
 
-SETTINGS = ("guidance", "solver", "sampler", "predict_steps")
+SETTINGS = ("guidance", "solver", "sampler")
 OTHER = "expected the same, or another folder (callbacks.pictures.folder=...)"
 
 

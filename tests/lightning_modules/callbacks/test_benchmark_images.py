@@ -15,6 +15,7 @@ from PIL import Image
 
 from penstock.datamodules.prompts import BenchmarkPrompts
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.callbacks.benchmark_images import BenchmarkImages
 from penstock.lightning_modules.callbacks.benchmark_layouts import is_whole
 from penstock.lightning_modules.errors import UserError
@@ -120,13 +121,11 @@ def test_a_folder_of_another_run_is_refused(fakes, tmp_path, monkeypatch):
     run = tmp_path / "run"
     draw(fakes, run, steps=2)
     manifest = json.loads((run / "lines.json").read_text())
-    assert manifest.keys() == {
-        *("model", "weights", "seed", "prompts", "precision", "predict_steps", "checkpoint", "network_calls")
-    }
+    assert manifest.keys() == {*("model", "weights", "seed", "prompts", "precision", "checkpoint", "network_calls")}
     assert (manifest["seed"], manifest["network_calls"]) == (0, 2)
     before = files(run)
     with pytest.raises(
-        UserError, match=r"lines: holds pictures of predict_steps=2, here 3; expected the same, or anot"
+        UserError, match=r"lines: holds pictures of network_calls=2, here 3; expected the same, or anot"
     ):
         draw(fakes, run)
     other = Painter()
@@ -175,6 +174,23 @@ def test_grey_images_become_rgb(fakes, tmp_path):
     seen = levels(tmp_path / "run" / "lines" / "00000" / "samples" / "0000.png")
     assert seen.shape == (6, 6, 3)
     assert (seen == seen[..., :1]).all()
+
+
+def test_a_text_conditional_flow_draws_for_its_prompts(fakes, tmp_path):
+    import teachers
+
+    words = ("model.net.width=8", "model.net.blocks=1")
+    flow = model_from_checkpoint(teachers.shared("rectified_flow_digits_text", *words))
+    draw(fakes, tmp_path / "run", flow, shape=[1, 8, 8], limit=2, samples_per_prompt=2)
+    assert json.loads((tmp_path / "run" / "lines.json").read_text())["network_calls"] == flow.nfe
+    x0 = Draws(0, 0, torch.tensor([3])).normal("predict", (1, 8, 8))
+    with torch.no_grad():
+        image = flow.integrate(x0, 25, cond=[TEXTS[1]]).x
+    expected = ((image.clamp(-1, 1) + 1) * 127.5).round()[0, 0].numpy()
+    seen = levels(tmp_path / "run" / "lines" / "00001" / "samples" / "0001.png")[..., 0]
+    assert np.abs(seen - expected).max() <= 1
+    with pytest.raises(UserError, match=r"model\.net\.shape: found \(1, 8, 8\), expected \(3, 8, 8\)"):
+        draw(fakes, tmp_path / "other", flow, shape=[3, 8, 8])
 
 
 def test_two_ranks_write_the_files_of_one(fakes, tmp_path):
