@@ -14,7 +14,7 @@ class SecondTime(nn.Module):
     """`E1(t) + (r - t) E2(r)` in the place of a network's time embedding `E1(t)` (arXiv 2512.05150, official code).
 
     At r = t, and where no r is given, that is E1(t), to the bit. Anything else that the embedding takes goes to both,
-    and if it has several outputs, each of them is added to.
+    and if it has several outputs, each of them is added to. What stands for `r` and `r - t` is the caller's choice.
 
     Args:
         first: `E1`, the network's own.
@@ -34,19 +34,19 @@ class SecondTime(nn.Module):
 
     @contextmanager
     def until(self, r: Tensor | None, gap: Tensor | None) -> Iterator[None]:
-        """Inside, calls are for steps that end at `r` `(B,)`, in the embedding's own clock, and cover `gap` `(B,)`."""
+        """Inside, `E2` is asked at `r` `(B,)`, in the embedding's own clock, and weighs `gap` `(B,)`; None: no `E2`."""
         self._until = None if r is None else (r, gap)
         try:
             yield
         finally:
             self._until = None
 
-    def forward(self, t: Tensor, *more: Any) -> Any:
-        own = self.first(t, *more)
+    def forward(self, t: Tensor, *more: Any, **named: Any) -> Any:
+        own = self.first(t, *more, **named)
         if self._until is None:
             return own
         r, gap = self._until
-        other = self.second(r, *more)
+        other = self.second(r, *more, **named)
         if isinstance(own, tuple):
             return tuple(_add(a, b, gap) for a, b in zip(own, other))
         return _add(own, other, gap)
@@ -62,22 +62,27 @@ class AnyStep(nn.Module):
     Without r, or at r = t, it is the network as it was. Times up to 2 are those of a twin that shares the weights.
 
     Args:
-        net: with a time embedding, a module of `(B,)` times, at `time`.
-        time: name of that module.
-        start: see `SecondTime`.
+        net: with a time embedding, a module of `(B,)` times, at `time`. If it has a clock of its own, its
+            `second_time(t, r)` gives what the second embedding is asked at and how much it weighs.
+        time: name of that module; None is what the network says (`time_module`), or `time`.
+        start: see `SecondTime`; None is what the network says (`time_start`), or `copy`.
+
+    Attributes:
+        twin: whether times in (1, 2] differ from those in [0, 1), as training with a twin needs.
 
     Raises:
         ValueError: the network has no module of that name.
     """
 
-    def __init__(self, net: nn.Module, time: str = "time", start: Start = "copy"):
+    def __init__(self, net: nn.Module, time: str | None = None, start: Start | None = None):
         super().__init__()
+        time, start = time or getattr(net, "time_module", "time"), start or getattr(net, "time_start", "copy")
         embedding = dict(net.named_modules()).get(time)
         if embedding is None:
             raise ValueError(f"AnyStep: {type(net).__name__} has no module '{time}', expected its time embedding")
         self.net, self.place = net, time
         net.set_submodule(time, SecondTime(embedding, start))
-        self.shape, self.num_classes = net.shape, net.num_classes
+        self.shape, self.num_classes, self.twin = net.shape, net.num_classes, getattr(net, "twin", True)
         self.checkpoint_blocks = getattr(net, "checkpoint_blocks", ())
 
     def drop_condition(self, cond: Tensor, mask: Tensor) -> Tensor:
@@ -86,8 +91,13 @@ class AnyStep(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         """Average velocity `(B, ...)` of states `x` `(B, ...)` from `t` `(B,)` to `r` `(B,)`; None is r = t."""
-        with self.net.get_submodule(self.place).until(r, None if r is None else r - t):
+        with self.net.get_submodule(self.place).until(*self._second(t, r)):
             return self.net(x, t, cond)
+
+    def _second(self, t: Tensor, r: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if r is None:
+            return None, None
+        return self.net.second_time(t, r) if hasattr(self.net, "second_time") else (r, r - t)
 
     def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state of a network of one time under the names here; both embeddings begin as its own."""
@@ -114,7 +124,7 @@ class HalfTime(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net, self.shape, self.num_classes = net, net.shape, net.num_classes
+        self.net, self.shape, self.num_classes, self.twin = net, net.shape, net.num_classes, getattr(net, "twin", True)
         self.checkpoint_blocks = getattr(net, "checkpoint_blocks", ())
 
     def drop_condition(self, cond: Tensor, mask: Tensor) -> Tensor:
