@@ -141,7 +141,9 @@ class BenchmarkImages(Callback):
             return f"{self.layout.folder}: pictures, but no {self.manifest.name} beside it; {OTHER}"
         except (ValueError, OSError) as error:
             return f"{self.manifest}: cannot be read ({error}); expected what was written beside the pictures"
-        return found if isinstance(found, dict) else f"{self.manifest}: a {type(found).__name__}; expected an object"
+        if not isinstance(found, dict) or "weights" not in found:
+            return f"{self.manifest}: no weights in it; expected what was written beside the pictures"
+        return found
 
     def _difference(self, found: dict[str, Any], own: dict[str, Any]) -> str | None:
         for key, value in own.items():

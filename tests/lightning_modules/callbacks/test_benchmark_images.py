@@ -141,6 +141,9 @@ def test_a_folder_of_another_run_is_refused(fakes, tmp_path, monkeypatch):
     (run / "lines.json").write_text("{")
     with pytest.raises(UserError, match=r"lines\.json: cannot be read"):
         draw(fakes, run)
+    (run / "lines.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lines\.json: no weights in it"):
+        draw(fakes, run)
     (run / "lines.json").unlink()
     with pytest.raises(UserError, match=r"lines: pictures, but no lines\.json beside it"):
         draw(fakes, run)
