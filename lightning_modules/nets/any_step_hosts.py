@@ -73,7 +73,8 @@ class Host(nn.Module, ABC):
             null_text = self.trimmed(null_text)
         self.register_buffer("null_text", null_text, persistent=False)
 
-    def latents(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    @staticmethod
+    def latents(config: Mapping[str, Any]) -> tuple[int, int]:
         """Channels of the latents, and the side of a patch."""
         return config["in_channels"], config["patch_size"]
 
@@ -195,7 +196,8 @@ class QwenImage(Masked):
 
     unsupported = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
-    def latents(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    @staticmethod
+    def latents(config: Mapping[str, Any]) -> tuple[int, int]:
         return config["in_channels"] // config["patch_size"] ** 2, config["patch_size"]
 
     @property
@@ -243,7 +245,8 @@ class ZImage(Masked):
         super().__init__(transformer, shape, null_text)
         self.released_end = released_end
 
-    def latents(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    @staticmethod
+    def latents(config: Mapping[str, Any]) -> tuple[int, int]:
         return config["in_channels"], config["all_patch_size"][0]
 
     @property
