@@ -192,9 +192,20 @@ class Sana(Masked):
 
 
 class QwenImage(Masked):
-    """Qwen-Image, a `QwenImageTransformer2DModel` (arXiv 2508.02324), which gets its 2x2 patches here."""
+    """Qwen-Image, a `QwenImageTransformer2DModel` (arXiv 2508.02324), which gets its 2x2 patches here.
+
+    What the last block does to the tokens after its attention reaches no output; those weights don't train.
+    """
 
     unsupported = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+
+    def __init__(
+        self, transformer: nn.Module, shape: tuple[int, int, int] | None = None, null_text: Tensor | None = None
+    ):
+        super().__init__(transformer, shape, null_text)
+        last = transformer.transformer_blocks[-1]
+        for part in (last.attn.to_add_out, last.txt_mlp):
+            part.requires_grad_(False)
 
     @staticmethod
     def latents(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -86,6 +86,7 @@ def test_both_embeddings_are_asked_in_the_transformers_clock(name, x):
     data = net(x, 2 - t, packed(name, 3))
     assert ((out - data).abs().amax((1, 2, 3))[:2] > 1e-3).all()
     out.square().mean().backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in net.parameters())
     for part in (second_time.first, second_time.second):
         grads = [weight.grad for weight in part.parameters()]
         assert all(grad is not None and grad.isfinite().all() for grad in grads)

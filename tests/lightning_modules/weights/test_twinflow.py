@@ -85,7 +85,7 @@ def test_a_pipelines_folder_becomes_an_any_step_flow(folder, name):
     plain = {key: value for key, value in invert(own, host.embedding).items() if f"{host.embedding}_2." not in key}
     assert plain.keys() == stored.keys()
     assert all(torch.equal(plain[key], stored[key]) for key in stored)
-    assert all(weight.requires_grad and not weight.is_meta for weight in net.parameters())
+    assert not any(weight.is_meta for weight in net.parameters())
     assert not any(buffer.is_meta for buffer in net.buffers())
     assert (net.shape, net.training) == ((4, 8, 8), True)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.6])
