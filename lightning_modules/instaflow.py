@@ -59,6 +59,7 @@ class InstaFlow(FlowModule):
     """
 
     takes_text = True
+    predict_steps = 25
 
     def __init__(
         self,
@@ -252,9 +253,9 @@ class InstaFlow(FlowModule):
         return Solution(solution.x / first, solution.nfe, solution.trajectory) if reverse else solution
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """One image for each prompt of the batch, in 25 steps of the batch's `source` or of keyed noise."""
+        """One image for each prompt of the batch, in `predict_steps` from the batch's `source` or from keyed noise."""
         draws = Draws(run_seed(), 0, batch["index"])
         x0 = batch["source"] if "source" in batch else draws.normal("predict", tuple(self.net.shape))
-        solution = self.integrate(x0, 25, cond=self.condition(batch), guidance=self.guidance)
+        solution = self.integrate(x0, self.predict_steps, cond=self.condition(batch), guidance=self.guidance)
         labels = {"label": batch["label"]} if "label" in batch else {}
         return {"index": batch["index"], "image": self.autoencoder.decode(solution.x), **labels}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
@@ -181,6 +182,11 @@ class TwinFlow(FlowModule):
 
     def fits(self, data: Any) -> None:
         super().fits(data)
+        if not getattr(self.net, "twin", True) and (self.shares.adv or self.rectify):
+            raise UserError(
+                "model.net: has no times of a twin, those in (1, 2] are the data's own; expected model.shares.adv=0 "
+                "model.rectify=0"
+            )
         ranks = self.trainer.world_size
         size, least = getattr(data, "batch_size", None), max(4, self.shares.number)
         if size is not None and size // ranks < least:
@@ -190,6 +196,12 @@ class TwinFlow(FlowModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if (
+            stage == "fit"
+            and self.shadow is not None
+            and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        ):
+            raise UserError(f"model.ema_decay: found {self.ema_decay}, expected 0 with sharded weights (strategy=fsdp)")
         if stage != "predict":
             self.loss.prepare()
         if stage == "fit" and self.shadow is not None:
@@ -359,6 +371,17 @@ class TwinFlow(FlowModule):
             raise ValueError("jump: expected 0 <= t <= r <= 1 in every row (t = 0 noise, t = 1 data)")
         return x + (r - t).reshape(-1, *[1] * (x.ndim - 1)) * self.net(x, t, cond, r)
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """As every flow; the noise that the sampler renews belongs to the sample, too."""
+        draws, shape, cond = Draws(run_seed(), 0, batch["index"]), tuple(self.net.shape), self.condition(batch)
+        renewal = [draws.normal(f"renewal {i}", shape) for i in range(self.predict_steps - 1)]
+        x1 = self._sampled(draws.normal("predict", shape), self.predict_steps, cond, renewal=renewal)
+        return {"index": batch["index"], self.key: x1} | ({"label": cond} if cond is not None else {})
+
+    def _sampled(self, x0: Tensor, steps: int, cond: Tensor | None, **noise: Any) -> Tensor:
+        self.nfe = steps
+        return self.sampler(lambda x, t, r: self.net(x, t, cond, r), x0, steps, **noise)[-1]
+
     def decode(
         self,
         x0: Tensor,
@@ -373,5 +396,4 @@ class TwinFlow(FlowModule):
         steps = self.default_steps if steps is None else steps
         if grid is not None or not isinstance(steps, int) or guidance not in (None, 1.0):
             return super().decode(x0, steps=steps, grid=grid, cond=cond, generator=generator, guidance=guidance)
-        self.nfe = steps
-        return self.sampler(lambda x, t, r: self.net(x, t, cond, r), x0, steps, generator=generator)[-1]
+        return self._sampled(x0, steps, cond, generator=generator)

@@ -1,5 +1,6 @@
 """Sampler of networks that know average velocities `u(x, t, r)` (t = 0 noise, t = 1 data)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +72,7 @@ class AnyStepSampler:
         steps: int,
         *,
         generator: torch.Generator | None = None,
-        renewal: Tensor | None = None,
+        renewal: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The data that each step found; the last one is the sample.
 
@@ -80,7 +81,7 @@ class AnyStepSampler:
             x0: Noise `(B, ...)`.
             steps: Number of network calls, at least 1.
             generator: Source of the renewed noise, on the device of `x0`.
-            renewal: The renewed noise itself, `(steps, B, ...)`; the last one has no effect.
+            renewal: The renewed noise itself, `steps - 1` of shape `(B, ...)`.
 
         Returns:
             `steps` tensors of shape `(B, ...)`, before extrapolation, in the dtype of `x0`.

@@ -47,6 +47,7 @@ METHODS = {
     "rectified_flow_digits_text": ["experiment=rectified_flow_digits_text", *TEXT],
     "instaflow_digits": ["experiment=instaflow_digits", *PAIRS],
     "rectified_flow_digits": ["experiment=rectified_flow_digits", *DIGITS],
+    "twinflow_digits": ["experiment=twinflow_digits", *DIGITS],
     "rectified_flow_points": ["experiment=rectified_flow_points", *POINTS],
     "rectified_flow_ot": [
         "experiment=rectified_flow_points",

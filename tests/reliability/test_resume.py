@@ -17,7 +17,7 @@ SETUPS = {
     "saving each epoch": ["callbacks.checkpoint.every_n_train_steps=null"],
 }
 CUTS = ["step1", "step3", "validated4", "epoch4", "step6"]
-QUICK = ("rectified_flow_digits", "reflow_digits", "rectified_flow_ot")
+QUICK = ("rectified_flow_digits", "reflow_digits", "rectified_flow_ot", "twinflow_digits")
 OTHER = [("two workers", "step2"), ("two workers", "epoch4"), ("watching a metric", "validated8")]
 OTHER += [("validating within epochs", "step1"), ("validating within epochs", "validated2")]
 OTHER += [("accumulating", "step1"), ("accumulating", "epoch2")]
