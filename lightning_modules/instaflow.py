@@ -1,6 +1,5 @@
 """InstaFlow: "One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation" (arXiv 2309.06380)."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,10 +16,9 @@ from penstock.lightning_modules.flow.times import TimeSampler, Uniform
 from penstock.lightning_modules.flow_module import FlowModule
 from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
 from penstock.lightning_modules.nets.text_encoder import HashedText, TextEncoder
+from penstock.lightning_modules.prompted import Condition, Prompted
 from penstock.lightning_modules.seeds import run_seed
 from penstock.lightning_modules.steps import parse_steps
-
-Condition = Tensor | Sequence[str]
 
 
 class InstaFlow(FlowModule):
@@ -82,30 +80,17 @@ class InstaFlow(FlowModule):
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout={condition_dropout}: expected a share in [0, 1]")
         self.autoencoder = autoencoder
-        self.text = text or HashedText()
-        self.prompts = prompts or []
-        self.num_classes = len(self.prompts)
+        self.prompted = Prompted(text or HashedText(), autoencoder, prompts or [])
+        self.num_classes = len(self.prompted.prompts)
         self.times = times or Uniform(0.0)
         self.loss = loss or SquaredError()
         self.space = space
         self.condition_dropout = condition_dropout
-        self._prompted: Tensor | None = None
 
     # ------------------------------------------------------------------ training
 
     def fits(self, data: Any) -> None:
-        """Refuses images that the autoencoder does not bring to the network's shape, and features of another size."""
-        shape = tuple(getattr(data, "shape", ()))
-        latent = self.autoencoder.latent_shape(shape) if len(shape) == 3 else shape
-        if latent != tuple(self.net.shape):
-            raise UserError(
-                f"model.net.shape: found {tuple(self.net.shape)}, expected {latent}, what model.autoencoder makes of "
-                f"the data's {shape}"
-            )
-        try:
-            self.net.drop_condition(self.text(["a"]), torch.tensor([False]))
-        except ValueError as error:
-            raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
+        self.prompted.fits(self.net, data)
 
     def precheck(self, data: Any) -> None:
         super().precheck(data)
@@ -117,31 +102,11 @@ class InstaFlow(FlowModule):
             self.loss.prepare()
 
     def features(self, condition: Condition | None) -> Tensor | None:
-        """Features `(B, L, E)` of prompts, of int64 numbers `(B,)` of `prompts`, or those given; None stays None.
-
-        Raises:
-            UserError: numbers without `prompts`.
-        """
-        if condition is None or (isinstance(condition, Tensor) and condition.is_floating_point()):
-            return condition
-        if not isinstance(condition, Tensor):
-            return self.text(list(condition), self.device)
-        if not self.prompts:
-            raise UserError("model.prompts: found none; expected the prompts that the data's labels stand for")
-        if self._prompted is None or self._prompted.device != self.device:
-            self._prompted = self.text(self.prompts, self.device)
-        return self._prompted[condition]
+        """Features `(B, L, E)` of prompts, of numbers `(B,)` of `prompts`, or those given; None stays None."""
+        return self.prompted.features(condition, self.device)
 
     def condition(self, batch: dict[str, Any]) -> Tensor | None:
-        """Features `(B, L, E)` of the batch's prompts.
-
-        Raises:
-            UserError: a batch without `text` and without `label`.
-        """
-        found = batch["text"] if "text" in batch else batch.get("label")
-        if found is None:
-            raise UserError(f"InstaFlow: batches have {', '.join(sorted(batch))}; expected text, as in data=image_text")
-        return self.features(found)
+        return self.prompted.condition(batch, self.device)
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped prompts come from `draws`.
@@ -149,11 +114,7 @@ class InstaFlow(FlowModule):
         Prompts pass the network's `drop_condition` even where none is dropped: DDP wants its gradient.
         """
         shape = tuple(self.net.shape)
-        if "latent" in batch:
-            x1 = batch["latent"]
-        else:
-            noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
-            x1 = self.autoencoder.encode(batch["image"], noise)
+        x1 = self.prompted.data(batch, draws, shape)
         if "source" in batch:
             x0, scalars = batch["source"], draws.uniform("time", (2,))
         else:

@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -11,63 +11,20 @@ from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.flow.any_step import mix, rcgm_target, time_weight
 from penstock.lightning_modules.flow.any_step_sampler import AnyStepSampler
 from penstock.lightning_modules.flow.barron import Barron
 from penstock.lightning_modules.flow.blocks import Shares
-from penstock.lightning_modules.flow.losses import FlowLoss, Regression
+from penstock.lightning_modules.flow.losses import FlowLoss
 from penstock.lightning_modules.flow.times import TimeSampler, Uniform
+from penstock.lightning_modules.flow.twinflow import StepDraws, Terms, TwinObjective
 from penstock.lightning_modules.flow_module import FlowModule, Key
 from penstock.lightning_modules.nets import lora
 from penstock.lightning_modules.nets.any_step import AnyStep
-from penstock.lightning_modules.nets.shadow import Shadow, untracked
+from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
+from penstock.lightning_modules.nets.shadow import Shadow
+from penstock.lightning_modules.nets.text_encoder import TextEncoder
+from penstock.lightning_modules.prompted import Condition, Prompted
 from penstock.lightning_modules.seeds import run_seed
-
-
-class StepDraws(NamedTuple):
-    """All that is random in a training step.
-
-    Attributes:
-        t: Times `(B,)` in [0, 1] before the blocks change them.
-        reach: Uniforms `(B,)`: how far the steps of the block `any` go.
-        near: Uniforms `(B,)`: how far those of `mul` go.
-        noise: `x_0` of the batch `(B, ...)`.
-        adv_noise: Noise that the samples of the block `adv` are made of `(n, ...)`.
-        twin_noise: New noise on the samples of `e2e`, for the rectification `(n, ...)`.
-        twin_t: Times of it `(n,)` in [0, 1].
-        free_noise: Noise that all data are made of, where no images are used `(B, ...)`.
-    """
-
-    t: Tensor
-    reach: Tensor
-    near: Tensor
-    noise: Tensor
-    adv_noise: Tensor
-    twin_noise: Tensor
-    twin_t: Tensor
-    free_noise: Tensor | None
-
-
-class Terms(NamedTuple):
-    """What a training step computes; `base` and `rectify` are losses of single samples.
-
-    Attributes:
-        base: Any-step loss with its time weight, and the adversarial loss in the rows of `adv`, `(B,)`.
-        rectify: Rectification loss of the rows of `e2e`, or None where there is none.
-        rows: Rows of each block.
-        prediction: `u` of the online network `(B, ...)`.
-        target: What it is compared with, `(B, ...)`.
-        velocity: `x_1 - x_0`, with guidance in it where that acts.
-        gap: `u_twin - u_real` on the samples of `e2e`, clamped; None as `rectify`.
-    """
-
-    base: Tensor
-    rectify: Tensor | None
-    rows: dict[str, slice]
-    prediction: Tensor
-    target: Tensor
-    velocity: Tensor
-    gap: Tensor | None
 
 
 class TwinFlow(FlowModule):
@@ -108,10 +65,13 @@ class TwinFlow(FlowModule):
             teacher, for the guidance only); between, the average's decay rises from 0.
         image_free: Learn from the network's own samples, without the batch's data.
         condition_dropout: Share of the rows whose condition is dropped, so that `u_e` learns, in [0, 1].
-        key: Entry of the batch that holds the data.
+        key: Entry of the batch that holds the data, where no `text` is given.
         initial: Checkpoint whose raw weights training starts from: of this method, or of a flow with one time.
         lora_rank: 0 trains all weights; r trains low-rank parts of that rank only.
         lora_alpha: Strength of the low-rank parts.
+        text: Makes this a text-to-image flow: prompts (batch entry `text`) to features.
+        autoencoder: With `text`, images to the flow's space and back; None is pixel space.
+        prompts: With `text`, prompts by number, for samples that ask for a class.
 
     Raises:
         ValueError: an option out of its range; `enhanced_ratio` of 1 or more without a frozen teacher.
@@ -140,29 +100,40 @@ class TwinFlow(FlowModule):
         initial: str | None = None,
         lora_rank: int = 0,
         lora_alpha: float = 64.0,
+        text: TextEncoder | None = None,
+        autoencoder: Autoencoder | None = None,
+        prompts: list[str] | None = None,
     ):
-        super().__init__(
-            net if "r" in inspect.signature(net.forward).parameters else AnyStep(net),
-            optimizer, scheduler, None, None, 0.0, 1.0, key, initial,
-        )  # fmt: skip
+        any_step = net if "r" in inspect.signature(net.forward).parameters else AnyStep(net)
+        prompted = None if text is None else Prompted(text, autoencoder or Identity(), prompts or [])
+        key = key if prompted is None else prompted.autoencoder.key
+        super().__init__(any_step, optimizer, scheduler, None, None, 0.0, 1.0, key, initial)
         if order < 0:
             raise ValueError(f"order={order}: expected 0 (flow matching) or more")
-        for name, value in (("consistency", consistency), ("ema_decay", ema_decay), ("dropout", condition_dropout)):
+        for name, value in (("consistency", consistency), ("ema_decay", ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: expected a number in [0, 1]")
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"condition_dropout={condition_dropout}: expected a share in [0, 1]")
         if enhanced_ratio >= 1 > ema_decay:
             raise ValueError(
                 f"enhanced_ratio={enhanced_ratio}: expected below 1 (a scale of 1 / (1 - ratio)), or ema_decay=1.0, "
                 f"a frozen teacher"
             )
         if not 0 <= enhanced_range[0] < enhanced_range[1] <= 1:
-            raise ValueError(
-                f"enhanced_range={list(enhanced_range)}: expected two shares of noise in [0, 1], ascending"
-            )
+            raise ValueError(f"enhanced_range={list(enhanced_range)}: expected shares of noise, ascending, in [0, 1]")
+        if text is None and (autoencoder is not None or prompts):
+            raise ValueError("autoencoder and prompts belong to a text-to-image flow: give text, too")
         self.times, self.loss, self.sampler = times or Uniform(0.0), loss or Barron(), sampler or AnyStepSampler()
-        self.order, self.consistency, self.shares, self.rectify = order, consistency, shares, rectify
-        self.enhanced_ratio, self.enhanced_range, self.image_free = enhanced_ratio, enhanced_range, image_free
-        self.ema_decay, self.condition_dropout, self.lora_rank = ema_decay, condition_dropout, lora_rank
+        self.objective = TwinObjective(
+            self.loss, order, consistency, shares, rectify > 0, enhanced_ratio, tuple(enhanced_range), image_free,
+            frozen=ema_decay == 1,
+        )  # fmt: skip
+        self.rectify, self.ema_decay = rectify, ema_decay
+        self.condition_dropout, self.lora_rank = condition_dropout, lora_rank
+        self.prompted, self.takes_text = prompted, prompted is not None
+        if prompted is not None:
+            self.num_classes = len(prompted.prompts)
         if lora_rank:
             lora.adapt(self.net, lora_rank, lora_alpha)
         self.shadow = Shadow(self.net) if ema_decay else None
@@ -176,35 +147,35 @@ class TwinFlow(FlowModule):
             own = self.net.adopt(own)
         return lora.base_state(self.net, own) if self.lora_rank else own
 
-    def precheck(self, data: Any) -> None:
-        super().precheck(data)
-        self.loss.prepare()
-
     def fits(self, data: Any) -> None:
-        super().fits(data)
-        if not getattr(self.net, "twin", True) and (self.shares.adv or self.rectify):
+        if self.prompted is None:
+            super().fits(data)
+        else:
+            self.prompted.fits(self.net, data)
+        shares, ranks, size = self.objective.shares, self.trainer.world_size, getattr(data, "batch_size", None)
+        if not getattr(self.net, "twin", True) and (shares.adv or self.rectify):
             raise UserError(
                 "model.net: has no times of a twin, those in (1, 2] are the data's own; expected model.shares.adv=0 "
                 "model.rectify=0"
             )
-        ranks = self.trainer.world_size
-        size, least = getattr(data, "batch_size", None), max(4, self.shares.number)
+        least = max(4, shares.number)
         if size is not None and size // ranks < least:
             raise UserError(f"data.batch_size: found {size}, expected at least {least * ranks}, {least} on each rank")
-        if self.enhanced_ratio and not self.num_classes:
-            raise UserError(f"model.enhanced_ratio: found {self.enhanced_ratio}, expected 0 on data without classes")
+        if self.objective.enhanced_ratio and not (self.num_classes or self.prompted):
+            ratio = self.objective.enhanced_ratio
+            raise UserError(f"model.enhanced_ratio: found {ratio}, expected 0 for a flow without a condition")
+
+    def precheck(self, data: Any) -> None:
+        super().precheck(data)
+        self.loss.prepare()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if (
-            stage == "fit"
-            and self.shadow is not None
-            and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        ):
-            raise UserError(f"model.ema_decay: found {self.ema_decay}, expected 0 with sharded weights (strategy=fsdp)")
         if stage != "predict":
             self.loss.prepare()
         if stage == "fit" and self.shadow is not None:
+            if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+                raise UserError(f"model.ema_decay: found {self.ema_decay}, expected 0 with weights in shards")
             self.shadow.reset(self.net)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,19 +186,22 @@ class TwinFlow(FlowModule):
 
     # ------------------------------------------------------------------ training
 
-    def _generate(self, x0: Tensor, cond: Tensor | None) -> Tensor:
-        """One-step samples `x_0 + u(x_0, 0, 1)` `(B, ...)`."""
-        zero = x0.new_zeros(len(x0))
-        return x0 + self.net(x0, zero, cond, zero + 1)
+    def condition(self, batch: dict[str, Any]) -> Tensor | None:
+        return super().condition(batch) if self.prompted is None else self.prompted.condition(batch, self.device)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        x1, cond = batch[self.key], self.condition(batch)
+    def _data(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        if self.prompted is None:
+            return batch[self.key]
+        return self.prompted.data(batch, draws, tuple(self.net.shape))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         draws = Draws(run_seed(), self.current_epoch, batch["index"])
-        if cond is not None and self.condition_dropout:
+        x1, cond = self._data(batch, draws), self.condition(batch)
+        if cond is not None:
             cond = self.net.drop_condition(cond, draws.uniform("dropped") < self.condition_dropout)
         terms = self.terms(x1, cond, self.drawn(x1, draws))
         counted = terms.base
-        if self.order == 0:
+        if self.objective.order == 0:
             counted = torch.cat([terms.base[terms.rows[name]] for name in ("mul", "adv")])
         loss = counted.mean()
         if terms.rectify is not None:
@@ -241,7 +215,7 @@ class TwinFlow(FlowModule):
 
     def drawn(self, x1: Tensor, draws: Draws) -> StepDraws:
         """Draws for a step on data `(B, ...)`."""
-        rows, shape = self.shares.rows(len(x1)), x1.shape[1:]
+        rows, shape = self.objective.shares.rows(len(x1)), x1.shape[1:]
         noise, scalars = draws.both(("noise", shape), ("time", (4,)), x1.dtype)
         u, reach, near, twin = scalars.unbind(1)
         adv, e2e = (Draws(draws.seed, draws.epoch, draws.index[rows[name]]) for name in ("adv", "e2e"))
@@ -253,88 +227,12 @@ class TwinFlow(FlowModule):
             adv.normal("adv", shape, x1.dtype),
             e2e.normal("twin", shape, x1.dtype),
             twin[rows["e2e"]],
-            draws.normal("free", shape, x1.dtype) if self.image_free else None,
+            draws.normal("free", shape, x1.dtype) if self.objective.image_free else None,
         )
 
     def terms(self, x1: Tensor, cond: Tensor | None, d: StepDraws, empty: Tensor | None = None) -> Terms:
-        """Losses of a training step, which also moves the average of the weights.
-
-        Args:
-            x1: Data `(B, ...)`.
-            cond: Condition of each sample, or None.
-            d: All that is random.
-            empty: Conditions `(B, ...)` of the weak side of the guidance; None drops them.
-        """
-        rows = self.shares.rows(len(x1))
-        e2e, adv, real = rows["e2e"], rows["adv"], slice(0, rows["adv"].start)
-        t, r = self._times(d, rows)
-        with untracked():
-            if d.free_noise is not None:
-                x1 = self._generate(d.free_noise, cond)
-            if adv.start < adv.stop:
-                own = self._generate(d.adv_noise, None if cond is None else cond[adv])
-                x1 = torch.cat([x1[real], own])
-            x_t, velocity = mix(d.noise, x1, t), x1 - d.noise
-        u = self.net(x_t, t, cond, r)
-        self._move_shadow()
-        with untracked():
-            velocity = self._guided(velocity, x_t, t, cond, empty, slice(e2e.stop, real.stop))
-            target = velocity
-            if self.order and self.consistency and real.stop > rows["mul"].stop - rows["mul"].start:
-                target = self._any_step(u, velocity, x_t, t, cond, r, real)
-            weight = torch.cat([time_weight(t[real], r[real]), torch.ones_like(t[adv])])
-        base = self.loss(Regression(u, target, x_t, d.noise, x1, t)) * weight
-        if not (self.rectify and self.consistency == 1 and e2e.stop):
-            return Terms(base, None, rows, u, target, velocity, None)
-        u_e2e, sample = u[e2e], (d.noise[e2e] + u[e2e]).detach()
-        gap = self._gap(sample, None if cond is None else cond[e2e], d.twin_noise, d.twin_t)
-        pull = Regression(u_e2e, (u_e2e - gap).detach(), x_t[e2e], d.noise[e2e], x1[e2e], t[e2e])
-        return Terms(base, self.loss(pull), rows, u, target, velocity, gap)
-
-    def _times(self, d: StepDraws, rows: dict[str, slice]) -> tuple[Tensor, Tensor]:
-        """`t` and `r` `(B,)` of all blocks."""
-        t = d.t
-        reach = {"e2e": torch.ones_like(t), "one": torch.ones_like(t)}
-        reach |= {"mul": d.near * min(0.05, self.consistency), "any": d.reach * self.consistency}
-        starts = {"e2e": torch.zeros_like(t), "adv": 2 - t}
-        t = torch.cat([starts.get(name, t)[at] for name, at in rows.items()])
-        way = torch.cat([reach[name][at] if name in reach else torch.zeros_like(t[at]) for name, at in rows.items()])
-        return t, t + way * (1 - t)
-
-    def _guided(
-        self, velocity: Tensor, x: Tensor, t: Tensor, cond: Tensor | None, empty: Tensor | None, rows: slice
-    ) -> Tensor:
-        """The velocity with guidance in the `rows` in which it may act (not `e2e`, pure noise, nor `adv`)."""
-        if not self.enhanced_ratio or rows.start == rows.stop:
-            return velocity
-        x, t, c = x[rows], t[rows], cond[rows]
-        weak = self.net.drop_condition(c, torch.ones_like(t, dtype=torch.bool)) if empty is None else empty[rows]
-        with self._reference():
-            u_c, u_e = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, weak])).chunk(2)
-        own = u_e if self.image_free and self.ema_decay == 1 else velocity[rows]
-        low, high = self.enhanced_range
-        acts = ((1 - t > low) & (1 - t < high)).reshape(-1, *[1] * (x.ndim - 1))
-        found = torch.where(acts, own + self.enhanced_ratio * (u_c - u_e), velocity[rows])
-        return torch.cat([velocity[: rows.start], found, velocity[rows.stop :]])
-
-    def _any_step(
-        self, u: Tensor, velocity: Tensor, x: Tensor, t: Tensor, cond: Tensor | None, r: Tensor, rows: slice
-    ) -> Tensor:
-        """The any-step target in the `rows` of real data, the velocity in the others."""
-        c = None if cond is None else cond[rows]
-        with self._reference() if self.ema_decay < 1 else nullcontext():
-            found = rcgm_target(
-                lambda x, t, r: self.net(x, t, c, r), u[rows], velocity[rows], x[rows], t[rows], r[rows], self.order
-            )
-        return torch.cat([found, velocity[rows.stop :]])
-
-    @untracked()
-    def _gap(self, sample: Tensor, cond: Tensor | None, noise: Tensor, t: Tensor) -> Tensor:
-        """`clamp(u_twin - u_real, -1, 1)` on samples `(n, ...)` at times `(n,)`, in one call of the online network."""
-        x = mix(noise, sample, t)
-        both = None if cond is None else torch.cat([cond, cond])
-        twin, real = self.net(torch.cat([x, x]), torch.cat([2 - t, t]), both).chunk(2)
-        return (twin - real).to(torch.promote_types(x.dtype, torch.float32)).clamp(-1, 1)
+        """Losses of a training step, see `TwinObjective.terms`; moves the average of the weights, too."""
+        return self.objective.terms(self.net, x1, cond, d, empty, self._reference, self._move_shadow)
 
     def _reference(self) -> AbstractContextManager[None]:
         """Inside, the network has the weights that give targets."""
@@ -346,18 +244,13 @@ class TwinFlow(FlowModule):
             self.shadow.update(self.net, self.ramp)
             self.ramp += (1 - self.ramp) * (self.ema_decay - self.ramp) / 2
 
-    def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Any-step loss of each sample `(B,)` from random t to random r, without guidance: what validation logs."""
-        x1, cond = batch[self.key], self.condition(batch)
+        x1 = self._data(batch, draws)
         noise, scalars = draws.both(("noise", x1.shape[1:]), ("time", (2,)), x1.dtype)
         t = self.times.quantile(scalars[:, 0])
-        r = t + scalars[:, 1] * self.consistency * (1 - t)
-        x_t = mix(noise, x1, t)
-        u = self.net(x_t, t, cond, r)
-        target = x1 - noise
-        if self.order and self.consistency:
-            target = rcgm_target(lambda x, t, r: self.net(x, t, cond, r), u, target, x_t, t, r, self.order)
-        return self.loss(Regression(u, target, x_t, noise, x1, t))
+        r = t + scalars[:, 1] * self.objective.consistency * (1 - t)
+        return self.objective.any_step(self.net, noise, x1, t, r, self.condition(batch))
 
     # ------------------------------------------------------------------ sampling
 
@@ -371,16 +264,39 @@ class TwinFlow(FlowModule):
             raise ValueError("jump: expected 0 <= t <= r <= 1 in every row (t = 0 noise, t = 1 data)")
         return x + (r - t).reshape(-1, *[1] * (x.ndim - 1)) * self.net(x, t, cond, r)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """As every flow; the noise that the sampler renews belongs to the sample, too."""
-        draws, shape, cond = Draws(run_seed(), 0, batch["index"]), tuple(self.net.shape), self.condition(batch)
-        renewal = [draws.normal(f"renewal {i}", shape) for i in range(self.predict_steps - 1)]
-        x1 = self._sampled(draws.normal("predict", shape), self.predict_steps, cond, renewal=renewal)
-        return {"index": batch["index"], self.key: x1} | ({"label": cond} if cond is not None else {})
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int | str | None = None,
+        grid: Tensor | None = None,
+        cond: Condition | None = None,
+        generator: torch.Generator | None = None,
+        guidance: float | None = None,
+        prompt: str | None = None,
+    ) -> Tensor:
+        """Draws `n` samples: with a number of steps by the sampler, one call each; see `FlowModule.sample`.
 
-    def _sampled(self, x0: Tensor, steps: int, cond: Tensor | None, **noise: Any) -> Tensor:
-        self.nfe = steps
-        return self.sampler(lambda x, t, r: self.net(x, t, cond, r), x0, steps, **noise)[-1]
+        Args:
+            n: How many.
+            steps: Network calls, or `bellman:K` for the flow's equation.
+            grid: Times of the flow's equation.
+            cond: Classes `(n,)`; of a text-to-image flow prompts, numbers of `prompts`, or features.
+            generator: Source of the noise.
+            guidance: Other than 1, guidance of the flow's equation; the weights have theirs in them.
+            prompt: One prompt for all samples, instead of `cond`.
+
+        Raises:
+            UserError: a prompt for a flow that takes none.
+        """
+        if self.prompted is None:
+            if prompt is not None:
+                raise UserError(f"prompt={prompt}: the model takes no text")
+            features = cond
+        else:
+            features = self.prompted.features([prompt] * n if prompt is not None else cond, self.device)
+        x1 = super().sample(n, steps=steps, grid=grid, cond=features, generator=generator, guidance=guidance)
+        return self._shown(x1)
 
     def decode(
         self,
@@ -397,3 +313,18 @@ class TwinFlow(FlowModule):
         if grid is not None or not isinstance(steps, int) or guidance not in (None, 1.0):
             return super().decode(x0, steps=steps, grid=grid, cond=cond, generator=generator, guidance=guidance)
         return self._sampled(x0, steps, cond, generator=generator)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """As every flow; the noise that the sampler renews belongs to the sample, too."""
+        draws, shape, cond = Draws(run_seed(), 0, batch["index"]), tuple(self.net.shape), self.condition(batch)
+        renewal = [draws.normal(f"renewal {i}", shape) for i in range(self.predict_steps - 1)]
+        x1 = self._shown(self._sampled(draws.normal("predict", shape), self.predict_steps, cond, renewal=renewal))
+        name = self.key if self.prompted is None else "image"
+        return {"index": batch["index"], name: x1} | {k: batch[k] for k in ("label",) if k in batch}
+
+    def _sampled(self, x0: Tensor, steps: int, cond: Tensor | None, **noise: Any) -> Tensor:
+        self.nfe = steps
+        return self.sampler(lambda x, t, r: self.net(x, t, cond, r), x0, steps, **noise)[-1]
+
+    def _shown(self, x1: Tensor) -> Tensor:
+        return x1 if self.prompted is None else self.prompted.autoencoder.decode(x1)

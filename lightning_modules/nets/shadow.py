@@ -1,26 +1,10 @@
-"""A second set of weights for a network to run with, a moving average or those at the start, and calls for targets."""
+"""A second set of weights for a network to run with: a moving average, or those at the start."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-
-@contextmanager
-def untracked() -> Iterator[None]:
-    """No gradient, and no reuse of weights cast by autocast.
-
-    Those are kept by parameter: cast without gradient they would cut a later call's off, and after a change of the
-    weights behind a parameter they would be the old ones.
-    """
-    reuse = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(reuse)
 
 
 class Shadow(nn.Module):
@@ -48,7 +32,7 @@ class Shadow(nn.Module):
 
     @contextmanager
     def shown(self, net: nn.Module) -> Iterator[None]:
-        """Inside, `net` has these weights: for calls that are `untracked`."""
+        """Inside, `net` has these weights: for calls that are `flow.twinflow.untracked`."""
         weights, own = self._weights(net), self._own()
         hidden = [weight.data for weight in weights]
         try:

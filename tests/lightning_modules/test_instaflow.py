@@ -127,7 +127,7 @@ def test_prompts_come_as_text_numbers_or_features():
     model = flow(prompts=["a cat", "a dog"])
     made = [
         model.sample(2, steps=1, cond=cond, generator=torch.Generator().manual_seed(0))
-        for cond in (["a dog", "a cat"], torch.tensor([1, 0]), model.text(["a dog", "a cat"]))
+        for cond in (["a dog", "a cat"], torch.tensor([1, 0]), model.prompted.text(["a dog", "a cat"]))
     ]
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
@@ -142,14 +142,14 @@ def test_prompts_come_as_text_numbers_or_features():
 
 def test_one_step_before_reflow_lands_on_the_mean_and_after_it_on_the_sample():
     model = flow(TwoPrompts())
-    model.text = lambda texts, device="cpu": signs(texts)
+    model.prompted.text = lambda texts, device="cpu": signs(texts)
     mean = signs(["one", "zero"]).view(2, 1, 1, 1)
     x0 = noise(2)
     torch.testing.assert_close(model.integrate(x0, 1, cond=["one", "zero"]).x, mean.expand_as(x0))
     pairs = model.integrate(x0, 200, cond=["one", "zero"], solver=Heun()).x
     torch.testing.assert_close(pairs, mean + 0.3 * x0, atol=1e-3, rtol=0)
     straight = flow(TwoPrompts(coupled=True))
-    straight.text = model.text
+    straight.prompted.text = model.prompted.text
     batch = {"source": x0, "image": mean + 0.3 * x0, "text": ["one", "zero"], "index": torch.arange(2)}
     assert straight.losses(batch, Draws(0, 0, batch["index"])).max() < 1e-10
     torch.testing.assert_close(straight.integrate(x0, 1, cond=["one", "zero"]).x, mean + 0.3 * x0)
@@ -188,7 +188,7 @@ def test_a_student_of_the_reflow_is_closer_to_its_teacher_than_one_of_the_first_
 
     def make(seed, start=None, **options):
         model = InstaFlow(MLP(seed), ADAM, **options)
-        model.text = lambda texts, device="cpu": torch.zeros(len(texts), 1, 1)
+        model.prompted.text = lambda texts, device="cpu": torch.zeros(len(texts), 1, 1)
         if start is not None:
             model.net.load_state_dict(start.net.state_dict())
         return model
@@ -270,7 +270,7 @@ def test_latents_are_encoded_on_the_way_in_and_decoded_on_the_way_out():
 
 def test_noise_comes_back_when_a_flow_of_many_steps_is_run_backwards():
     model = flow(TwoPrompts(coupled=True))
-    model.text = lambda texts, device="cpu": signs(texts)
+    model.prompted.text = lambda texts, device="cpu": signs(texts)
     x0 = noise(2)
     there = model.integrate(x0, 50, cond=["one", "zero"], solver=Heun()).x
     back = model.integrate(there, 50, cond=["one", "zero"], solver=Heun(), reverse=True).x

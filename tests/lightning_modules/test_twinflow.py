@@ -11,9 +11,10 @@ from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.blocks import Shares
 from penstock.lightning_modules.flow.losses import SquaredError
+from penstock.lightning_modules.flow.twinflow import TwinObjective, untracked
 from penstock.lightning_modules.nets.any_step import AnyStep
 from penstock.lightning_modules.nets.mlp import MLP
-from penstock.lightning_modules.nets.shadow import untracked
+from penstock.lightning_modules.nets.text_encoder import HashedText
 from penstock.lightning_modules.nets.unet import UNet
 from penstock.lightning_modules.twinflow import TwinFlow
 
@@ -58,9 +59,9 @@ def model(net, **options):
     return TwinFlow(net, torch.optim.SGD, **{"ema_decay": 0.0, "loss": SquaredError(), **options})
 
 
-def rectified(net, steps, kind=TwinFlow, n=1024):
+def rectified(net, steps, n=1024):
     """`a, b` after SGD on the rectification alone."""
-    flow = kind(net, torch.optim.SGD, ema_decay=0.0, loss=SquaredError(), order=0, shares=ONLY_E2E)
+    flow = TwinFlow(net, torch.optim.SGD, ema_decay=0.0, loss=SquaredError(), order=0, shares=ONLY_E2E)
     x1, optimizer = torch.zeros(n, 1), torch.optim.SGD(net.parameters(), 0.05)
     for step in range(steps):
         optimizer.zero_grad()
@@ -75,12 +76,10 @@ def test_rectification_finds_the_distribution():
     assert b == pytest.approx(2.0, abs=0.02)
 
 
-def test_rectification_with_the_other_sign_diverges():
-    class Flipped(TwinFlow):
-        def _gap(self, *given):
-            return -super()._gap(*given)
-
-    _, b = rectified(AffineFlow(), 100, Flipped)
+def test_rectification_with_the_other_sign_diverges(monkeypatch):
+    gap = TwinObjective.gap
+    monkeypatch.setattr(TwinObjective, "gap", lambda *given: -gap(*given))
+    _, b = rectified(AffineFlow(), 100)
     assert b == pytest.approx(-9.8, abs=0.3)
 
 
@@ -106,11 +105,11 @@ def test_guidance_of_the_own_prediction_is_a_scale_of_one_over_one_minus_the_rat
     flow = model(net, enhanced_ratio=0.8)
     x, v, t = torch.zeros(4, 1), torch.ones(4, 1), torch.full((4,), 0.5)
     for _ in range(120):
-        found = flow._guided(v, x, t, torch.ones(4, dtype=torch.long), None, slice(0, 4))
+        found = flow.objective.guided(net, v, x, t, torch.ones(4, dtype=torch.long), None)
         net.learnt = float(found.mean())
     assert net.learnt == pytest.approx(5.0, abs=1e-4)
     outside = model(net, enhanced_ratio=0.8, enhanced_range=(0.5, 0.7))
-    assert torch.equal(outside._guided(v, x, t, torch.ones(4, dtype=torch.long), None, slice(0, 4)), v)
+    assert torch.equal(outside.objective.guided(net, v, x, t, torch.ones(4, dtype=torch.long), None), v)
 
 
 # ------------------------------------------------------------------ a real network
@@ -217,8 +216,8 @@ def test_every_call_is_accounted_for(options, rows):
 def test_blocks_have_their_times():
     flow = model(unet(), shares=Shares(1.0, 1.0, 1.0, 1.0, 1.0), consistency=0.5)
     x1, _ = batch(20)
-    d, rows = flow.drawn(x1, draws(20)), flow.shares.rows(20)
-    t, r = flow._times(d, rows)
+    d, rows = flow.drawn(x1, draws(20)), flow.objective.shares.rows(20)
+    t, r = flow.objective.times(d, rows)
     reach = (r - t) / (1 - t)
     assert torch.equal(t[rows["e2e"]], torch.zeros(4))
     assert torch.equal(r[rows["e2e"]], torch.ones(4))
@@ -361,3 +360,29 @@ def test_a_network_without_times_of_a_twin_trains_without_one():
         else:
             with pytest.raises(UserError, match=r"model.net: has no times of a twin"):
                 flow.fits(data)
+
+
+def test_prompts_steer_it():
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), width=8, text_dim=32)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.1)
+    flow = model(net, text=HashedText(), prompts=["a cat", "a dog"], enhanced_ratio=0.5)
+    assert (flow.num_classes, flow.takes_text) == (2, True)
+    x, _ = batch(4)
+    index, text = torch.arange(4), ["a cat", "a dog", "a cat", "a bird"]
+    terms = flow.terms(x, flow.condition({"text": text}), flow.drawn(x, draws(4)))
+    assert terms.base.isfinite().all()
+    assert flow.losses({"image": x, "text": text, "index": index}, draws(4)).shape == (4,)
+    by_number, by_text, one = (
+        flow.sample(2, generator=torch.Generator().manual_seed(0), **given)
+        for given in ({"cond": torch.tensor([0, 1])}, {"cond": ["a cat", "a dog"]}, {"prompt": "a cat"})
+    )
+    assert torch.equal(by_number, by_text)
+    assert torch.equal(by_text[0], one[0])
+    assert not torch.equal(by_text[1], one[1])
+    assert flow.predict_step({"text": text, "index": index}, 0)["image"].shape == (4, 1, 8, 8)
+    with pytest.raises(UserError, match="the model takes no text"):
+        model(unet()).sample(1, prompt="a cat")
+    with pytest.raises(ValueError, match="give text, too"):
+        model(unet(), prompts=["a cat"])

@@ -225,7 +225,9 @@ def test_whole_step(name):
     same(-terms.target, out["target_final"], rtol)
     same(terms.target[terms.rows["adv"]], -image(out["v"])[terms.rows["adv"]], rtol)
     same(terms.base, out["base_per_sample_weighted"], rtol)
-    counted = torch.cat([terms.base[terms.rows[b]] for b in ("mul", "adv")]) if model.order == 0 else terms.base
+    counted = (
+        torch.cat([terms.base[terms.rows[b]] for b in ("mul", "adv")]) if model.objective.order == 0 else terms.base
+    )
     same(counted.mean(), out["base_loss"], rtol)
     total = counted.mean()
     if "rect_loss" in out:

@@ -89,7 +89,9 @@ def small(name, images):
         teacher = teachers.shared("rectified_flow_digits_text", *TINY_NET[False])
         return [f"teacher={teacher}", *TINY_NET[False], *TINY_GRID, *TINY_PAIRS]
     if kind in ("Digits", "ImageText"):
-        return ["model.net.width=8", *TINY_GRID]
+        teacher = tree["model"]["init_args"].get("initial")
+        start = [f"teacher={teachers.shared(teacher, *TINY_NET[False])}", *TINY_NET[False]] if teacher else []
+        return ["model.net.width=8", *start, *TINY_GRID]
     return TINY_GRID
 
 

@@ -1,0 +1,80 @@
+"""What a text-to-image flow has beside its network, frozen and in no checkpoint: a prompt encoder, an autoencoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.kernels.philox import Draws
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.autoencoder import Autoencoder
+from penstock.lightning_modules.nets.text_encoder import TextEncoder
+
+Condition = Tensor | Sequence[str]
+
+
+class Prompted:
+    """Prompts to features and images to the flow's space.
+
+    Args:
+        text: Prompts to features `(B, L, E)`.
+        autoencoder: Images to the flow's space and back.
+        prompts: Prompts by number, for samples that ask for a class.
+    """
+
+    def __init__(self, text: TextEncoder, autoencoder: Autoencoder, prompts: list[str]):
+        self.text, self.autoencoder, self.prompts = text, autoencoder, prompts
+        self._numbered: Tensor | None = None
+
+    def fits(self, net: nn.Module, data: Any) -> None:
+        """Refuses images that the autoencoder does not bring to the network's shape, and features of another size.
+
+        Raises:
+            UserError: the key of the model, what was found and what is expected.
+        """
+        shape = tuple(getattr(data, "shape", ()))
+        latent = self.autoencoder.latent_shape(shape) if len(shape) == 3 else shape
+        if latent != tuple(net.shape):
+            raise UserError(
+                f"model.net.shape: found {tuple(net.shape)}, expected {latent}, what model.autoencoder makes of "
+                f"the data's {shape}"
+            )
+        try:
+            net.drop_condition(self.text(["a"]), torch.tensor([False]))
+        except ValueError as error:
+            raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
+
+    def features(self, condition: Condition | None, device: torch.device) -> Tensor | None:
+        """Features `(B, L, E)` of prompts, of int64 numbers `(B,)` of `prompts`, or those given; None stays None.
+
+        Raises:
+            UserError: numbers without `prompts`.
+        """
+        if condition is None or (isinstance(condition, Tensor) and condition.is_floating_point()):
+            return condition
+        if not isinstance(condition, Tensor):
+            return self.text(list(condition), device)
+        if not self.prompts:
+            raise UserError("model.prompts: found none; expected the prompts that the data's labels stand for")
+        if self._numbered is None or self._numbered.device != device:
+            self._numbered = self.text(self.prompts, device)
+        return self._numbered[condition]
+
+    def condition(self, batch: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Features `(B, L, E)` of the batch's prompts.
+
+        Raises:
+            UserError: a batch without `text` and without `label`.
+        """
+        found = batch["text"] if "text" in batch else batch.get("label")
+        if found is None:
+            raise UserError(f"data: batches have {', '.join(sorted(batch))}; expected text, as in data=image_text")
+        return self.features(found, device)
+
+    def data(self, batch: dict[str, Any], draws: Draws, shape: tuple[int, ...]) -> Tensor:
+        """The batch in the flow's space `(B, *shape)`: its `latent`, or its `image` encoded with noise from `draws`."""
+        if "latent" in batch:
+            return batch["latent"]
+        noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
+        return self.autoencoder.encode(batch["image"], noise)
