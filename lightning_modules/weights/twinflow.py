@@ -143,6 +143,9 @@ def read(path: Path) -> dict[str, Tensor]:
     if not index.is_file():
         return _safetensors(path / f"{FILE}.safetensors")
     places = _json(index).get("weight_map", {})
+    outside = next((name for name in places.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise UserError(f"{index}: shard '{outside}', expected the name of a file in this folder")
     found = {name: _safetensors(path / name) for name in sorted(set(places.values()))}
     lost = next((key for key, name in places.items() if key not in found[name]), None)
     if lost is not None:

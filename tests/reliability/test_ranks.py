@@ -12,6 +12,8 @@ from penstock.lightning_modules.checkpoints import load_checkpoint
 TWO = ["strategy=ddp", "trainer.devices=2"]
 CUTS = [(method, "step3") for method in METHODS]
 CUTS += [(method, "epoch4") for method in ("rectified_flow_digits", "rectified_flow_ot")]
+QUICK = ("reflow_digits", "boss_digits", "instaflow_digits", "rectified_flow_digits", "rectified_flow_ot")
+QUICK += ("twinflow_digits",)
 PLAIN = ["model.net.dropout=0", "data.eval_batch_size=18", "trainer.limit_val_batches=null"]
 PLAIN += ["data.val_fraction=0.0606", "data.batch_size=24", "trainer.limit_train_batches=4"]
 
@@ -26,17 +28,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reports(folder):
-    """How every job ended, by name: [of rank 0, of rank 1]; one pair of processes for all of them."""
+def reports(request, folder):
+    """How the jobs of all tests that are run ended, by name: [of rank 0, of rank 1]; one pair of processes for them."""
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    pairs = [(test.callspec.params.get("method"), test.callspec.params.get("cut")) for test in tests]
+    methods = [method for method in METHODS if method == "rectified_flow_digits" or method in dict(pairs)]
     jobs = {}
 
     def job(name, *all_words):
         jobs[name] = {"words": list(all_words), "run": str(folder / name)}
 
-    for method in METHODS:
+    for method in methods:
         cuts = f"+callbacks.cuts={{class_path: faults.Cuts, out: '{folder / 'cuts' / method}'}}"
         job(method, *method_words(method, cuts))
-    for method, cut in CUTS:
+    for method, cut in (pair for pair in CUTS if pair in pairs):
         job(f"cuts/{method}/{cut}", harness.last_checkpoint(folder / "cuts" / method / cut))
     digits = "rectified_flow_digits"
     job("two_workers", *method_words(digits, "data.num_workers=2"))
@@ -51,7 +56,10 @@ def reports(folder):
     return {name: [report[i] for report in ended] for i, name in enumerate(jobs)}
 
 
-@pytest.mark.parametrize(("method", "cut"), CUTS)
+@pytest.mark.parametrize(
+    ("method", "cut"),
+    [pytest.param(*pair, marks=[] if pair[0] in QUICK else pytest.mark.slow) for pair in CUTS],
+)
 def test_killed_and_resumed(method, cut, reports, folder):
     assert [done.code for done in reports[method]] == [0, 0], reports[method][0].err[-1000:]
     stopped = f"cuts/{method}/{cut}"

@@ -196,6 +196,7 @@ def test_a_text_conditional_flow_draws_for_its_prompts(fakes, tmp_path):
         draw(fakes, tmp_path / "other", flow, shape=[3, 8, 8])
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_files_of_one(fakes, tmp_path):
     """One process for each rank, which this file is too."""
     with socket.socket() as free:

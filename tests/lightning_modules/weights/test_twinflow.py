@@ -239,6 +239,10 @@ def test_what_is_absent_or_of_another_kind_is_named(folder, released, tmp_path, 
     (path / f"{FILE}.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=rf"{re.escape(last)}: no weight '.*', expected as {FILE}"):
         pretrained(str(path))
+    index["weight_map"] = dict.fromkeys(index["weight_map"], f"../{first}")
+    (path / f"{FILE}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"shard '../{re.escape(first)}', expected the name of a file"):
+        pretrained(str(path))
     (tmp_path / "code.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"code.pth: (holds objects other|cannot be read)"):
         read(tmp_path / "code.pth")
