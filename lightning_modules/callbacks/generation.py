@@ -269,6 +269,8 @@ class GenerationMetrics(EvaluationCallback):
             UserError: without a DataModule, or from a metric.
         """
         super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            return
         if getattr(trainer, "datamodule", None) is None:
             raise UserError(f"{type(self).__name__}: the run has no DataModule, expected one to compare samples with")
         for number in self.steps:

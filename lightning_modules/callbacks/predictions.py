@@ -27,6 +27,9 @@ class Predictions(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.pictures = pictures
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.predict_loop.return_predictions = False
+
     def write_on_batch_end(
         self,
         trainer: Trainer,
