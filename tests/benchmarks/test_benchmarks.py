@@ -94,6 +94,7 @@ def test_overhead(tmp_path):
     assert found["steps_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_overhead_shows_the_error_of_a_run_that_fails(tmp_path):
     with pytest.raises(RuntimeError, match="widht"):
         overhead.main(["--turns", "1", "--block", "1", "--out", str(tmp_path), "model.net.widht=8"])

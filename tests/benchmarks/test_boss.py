@@ -65,6 +65,7 @@ def test_tables_of_digits(words, tmp_path, started):
     assert result(tmp_path, "tune")["rows"] == rows
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told(words, tmp_path):
     (tmp_path / "teacher/checkpoints").mkdir(parents=True)
     (tmp_path / "teacher/checkpoints/last.ckpt").touch()

@@ -110,6 +110,7 @@ def test_official_adaptive_samples_and_their_inverse():
     torch.testing.assert_close(back, tensors["out/net_ode_reverse_of_forward"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_official_likelihood():
     net, tensors = golden("05_likelihood.safetensors")
     flow = RectifiedFlow(net, ADAM)

@@ -110,6 +110,7 @@ def test_kill_at_random_moments(method, whole, tmp_path):
     assert_resumed_as(whole(method), run)
 
 
+@pytest.mark.slow
 def test_not_a_number_on_one_rank_of_the_launcher(tmp_path):
     bad = "+callbacks.bad={class_path: faults.BadLoss, step: 2, rank: 1}"
     two = ["strategy=ddp", "trainer.devices=2"]
