@@ -82,7 +82,7 @@ def rcgm_target(average: Average, u: Tensor, velocity: Tensor, x: Tensor, t: Ten
         The target without gradient, shape of `u`.
 
     Raises:
-        ValueError: an order below 1, or r before t.
+        ValueError: an order below 1.
     """
     if order < 1:
         raise ValueError(f"rcgm_target: order {order}, expected at least 1 (order 0 is the velocity itself)")

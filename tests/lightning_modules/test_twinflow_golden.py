@@ -3,7 +3,6 @@
 Their time is 1 - t, their F is -u; samples are flat there. Tolerances are those that the recorded numbers are good to.
 """
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from penstock.lightning_modules.nets.twinflow_tutorial import TwinFlowMLP, TwinF
 from penstock.lightning_modules.twinflow import StepDraws, TwinFlow
 
 FOLDER = Path(__file__).parents[1] / "golden" / "twinflow"
-close = partial(torch.testing.assert_close, atol=0)
 
 
 def case(name):
@@ -146,7 +144,6 @@ def test_squared_error_and_time_weight():
 def test_average_of_the_weights(most):
     _, _, out = case("04")
     model = flow(torch.nn.Linear(1, 1, bias=False).double(), ema_decay=most)
-    model.shadow.reset(torch.nn.Linear(1, 1, bias=False).double().requires_grad_(False))
     used, average = [], []
     with torch.no_grad():
         model.net.weight.zero_()
@@ -174,9 +171,6 @@ def test_block_sizes():
 
 
 def flow(net, **options):
-    class Net(torch.nn.Module):
-        """Whatever `net` is, with the attributes and the call of a network."""
-
     if not hasattr(net, "shape"):
         net.shape, net.num_classes = (1,), 0
         net.forward = lambda x, t, cond=None, r=None: net.weight * x
