@@ -6,6 +6,7 @@ Runs are kept in `--work`: the same command goes on where it was stopped.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,10 +31,12 @@ MATCHING = ["order=0", "consistency=0", "shares.e2e=0", "shares.any=0", "ema_dec
 RECIPES = {
     "flow matching": [*NO_TWIN, *(f"model.{word}" for word in [*MATCHING, "sampler.noise=0"])],
     "any-step (RCGM, order 2)": NO_TWIN,
+    "shortcut": [*NO_TWIN, "model.first_step=0"],
     "with the adversarial loss, without the rectification": ["model.rectify=0"],
     "TwinFlow": [],
     "TwinFlow, guidance of scale 2": ["model.enhanced_ratio=0.5"],
 }
+TUNED = "fine-tuned from a trained flow"
 ONLY_MUL = Shares(e2e=0.0, mul=1.0, any=0.0, adv=0.0)
 NO_ADV = Shares(adv=0.0)
 STEPS: dict[str, dict[str, Any]] = {
@@ -49,14 +52,13 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def recipes(given: Any) -> None:
     """Trains and scores each recipe; writes `twinflow_<suffix>`."""
-    names = [f"twinflow_{given.suffix}", f"twinflow_{given.suffix}_tuned"]
     rows, drawn, values = [], [], {}
-    for number, (name, words) in enumerate([*RECIPES.items(), ("fine-tuned from a trained flow", [])]):
-        found = []
+    for name, words in [*RECIPES.items(), (TUNED, [])]:
+        found, tuned = [], name == TUNED
         for seed in given.seeds:
-            run = given.work.resolve() / f"recipe{number}_seed{seed}"
-            experiment = names[number == len(RECIPES)]
-            start = [f"teacher={given.teacher.resolve()}"] if given.teacher and number == len(RECIPES) else []
+            run = given.work.resolve() / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_seed{seed}"
+            experiment = f"twinflow_{given.suffix}" + ("_tuned" if tuned else "")
+            start = [f"teacher={given.teacher.resolve()}"] if given.teacher and tuned else []
             kept(
                 [f"experiment={experiment}", f"seed_everything={seed}", *words, *start, *given.word], run, given.threads
             )

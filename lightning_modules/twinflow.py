@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.any_step import STEP
 from penstock.lightning_modules.flow.any_step_sampler import AnyStepSampler
 from penstock.lightning_modules.flow.barron import Barron
 from penstock.lightning_modules.flow.blocks import Shares
@@ -46,7 +47,8 @@ class TwinFlow(FlowModule):
     `u - clamp(u_twin - u_real, -1, 1)`, both on samples with fresh noise.
 
     Order 0 is flow matching (only `mul` and `adv` count); shares of 0 leave a block out: without `adv` and with
-    `rectify=0` this is RCGM; `order=1` with `one` alone a consistency model, with `any` alone MeanFlow's condition.
+    `rectify=0` this is RCGM; `order=1` with `one` alone a consistency model, with `any` alone MeanFlow's condition;
+    `first_step=0` with `mul` and `any` a shortcut model.
 
     Args:
         net: `net(x, t, cond)`, which gets a second time embedding, or `net(x, t, cond, r)`.
@@ -56,6 +58,7 @@ class TwinFlow(FlowModule):
         loss: What a prediction costs; None is Barron's reweighting.
         sampler: Of `sample` with a number of steps; None re-noises after a jump to the data (`few`).
         order: N, the steps of the target's chain.
+        first_step: D, how far the chain follows the data's velocity first, in [0, 1); 0 leaves that out.
         consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only.
         shares: Relative sizes of the blocks.
         rectify: Weight of the rectification; 0 leaves it out.
@@ -88,6 +91,7 @@ class TwinFlow(FlowModule):
         loss: FlowLoss | None = None,
         sampler: AnyStepSampler | None = None,
         order: int = 2,
+        first_step: float = STEP,
         consistency: float = 1.0,
         shares: Shares = Shares(),  # noqa: B008
         rectify: float = 0.5,
@@ -110,6 +114,10 @@ class TwinFlow(FlowModule):
         super().__init__(any_step, optimizer, scheduler, None, None, 0.0, 1.0, key, initial)
         if order < 0:
             raise ValueError(f"order={order}: expected 0 (flow matching) or more")
+        if not 0 <= first_step < 1:
+            raise ValueError(f"first_step={first_step}: expected a number in [0, 1)")
+        if order == 1 and not first_step:
+            raise ValueError("first_step=0: expected order=2 or more, one step would be compared with itself")
         for name, value in (("consistency", consistency), ("ema_decay", ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: expected a number in [0, 1]")
@@ -127,7 +135,7 @@ class TwinFlow(FlowModule):
         self.times, self.loss, self.sampler = times or Uniform(0.0), loss or Barron(), sampler or AnyStepSampler()
         self.objective = TwinObjective(
             self.loss, order, consistency, shares, rectify > 0, enhanced_ratio, tuple(enhanced_range), image_free,
-            frozen=ema_decay == 1,
+            ema_decay == 1, first_step,
         )  # fmt: skip
         self.rectify, self.ema_decay = rectify, ema_decay
         self.condition_dropout, self.lora_rank = condition_dropout, lora_rank

@@ -62,12 +62,23 @@ def displacement(average: Average, x: Tensor, t: Tensor, r: Tensor, order: int) 
     return total
 
 
-def rcgm_target(average: Average, u: Tensor, velocity: Tensor, x: Tensor, t: Tensor, r: Tensor, order: int) -> Tensor:
+def rcgm_target(
+    average: Average,
+    u: Tensor,
+    velocity: Tensor,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    order: int,
+    step: float = STEP,
+) -> Tensor:
     """Regression target of any-step training, recursive consistent generation of order N (arXiv 2512.05150 eq. 5).
 
-    The residual `g = ((r - t) u - P) / D - v` with `D = 0.01` compares the step from t to r with one that follows `v`
-    for D and then N steps to r, `P`; where r is nearer than D, it is `u - P / (r - t) - v`, and `u - v` at r = t, which
-    is flow matching. The target is `u - clamp(g, -1, 1)`: with the squared error the gradient is that of `g du`.
+    The residual `g = ((r - t) u - P) / D - v` compares the step from t to r with one that follows `v` for `D = step`
+    and then N steps to r, `P`. Without the first part (`step = 0`) it is `g = u - P / (r - t)`: two steps have to do
+    what one does, a shortcut model (arXiv 2410.12557). Where r is nearer than D (0.01, if that is 0), it is
+    `u - v`, which is flow matching. The target is `u - clamp(g, -1, 1)`: with the squared error the gradient is that
+    of `g du`.
 
     Args:
         average: `u(x, t, r)` of the network that gives targets; its gradient is not used.
@@ -77,24 +88,25 @@ def rcgm_target(average: Average, u: Tensor, velocity: Tensor, x: Tensor, t: Ten
         t: Times `(B,)` in [0, 1].
         r: Times `(B,)` in [t, 1].
         order: N, at least 1: 1 is a consistency model (r = 1) or MeanFlow's condition (any r), 2 is TwinFlow's.
+        step: D, in [0, 1).
 
     Returns:
         The target without gradient, shape of `u`.
 
     Raises:
-        ValueError: an order below 1.
+        ValueError: an order below 1; an order below 2 without a first step, whose target is the prediction itself.
     """
-    if order < 1:
-        raise ValueError(f"rcgm_target: order {order}, expected at least 1 (order 0 is the velocity itself)")
+    least = 1 if step else 2
+    if order < least:
+        why = "order 0 is the velocity itself" if step else "one step compares u with itself"
+        raise ValueError(f"rcgm_target: order {order} with step {step}, expected at least {least} ({why})")
     with torch.no_grad():
-        moved = torch.minimum(t + STEP, r)
-        p = displacement(average, x + STEP * velocity, moved, r, order)
+        p = displacement(average, x + step * velocity, torch.minimum(t + step, r), r, order)
         gap = r - t
-        near = gap < STEP
-        left = expand(torch.where(near, 1.0, gap / STEP), u)
-        right = expand(torch.where(near, 1 / gap.clamp(min=torch.finfo(gap.dtype).tiny), 1 / STEP), u)
-        p = torch.where(expand(gap, u) > 0, p * right, 0.0)
-        return u - (u * left - p - velocity).clamp(-1, 1)
+        near = expand(gap < (step or STEP), u) > 0
+        size = expand(gap / step, u) if step else 1
+        far = size * u - p / (step or expand(gap, u)) - (velocity if step else 0)
+        return u - torch.where(near, u - velocity, far).clamp(-1, 1)
 
 
 def time_weight(t: Tensor, r: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from penstock.lightning_modules.flow.any_step import mix, rcgm_target, time_weight
+from penstock.lightning_modules.flow.any_step import STEP, mix, rcgm_target, time_weight
 from penstock.lightning_modules.flow.blocks import Shares
 from penstock.lightning_modules.flow.losses import FlowLoss, Regression
 
@@ -100,6 +100,7 @@ class TwinObjective:
         image_free: Data are the network's own samples.
         frozen: The reference is a frozen teacher, whose guidance is the target of image-free training; the chain asks
             the online network.
+        first_step: D, how far the chain follows the data's velocity first.
     """
 
     loss: FlowLoss
@@ -111,6 +112,7 @@ class TwinObjective:
     enhanced_range: tuple[float, float]
     image_free: bool
     frozen: bool
+    first_step: float = STEP
 
     def terms(
         self,
@@ -158,6 +160,7 @@ class TwinObjective:
                         _conditioned(net, _rows(cond, real)),
                         *(value[real] for value in (u, velocity, x_t, t, r)),
                         self.order,
+                        self.first_step,
                     )
                 target = torch.cat([found, velocity[adv]])
             weight = torch.cat([time_weight(t[real], r[real]), torch.ones_like(t[adv])])
@@ -204,7 +207,7 @@ class TwinObjective:
         u = net(x_t, t, cond, r)
         if self.order and self.consistency:
             with untracked():
-                target = rcgm_target(_conditioned(net, cond), u, target, x_t, t, r, self.order)
+                target = rcgm_target(_conditioned(net, cond), u, target, x_t, t, r, self.order, self.first_step)
         return self.loss(Regression(u, target, x_t, x0, x1, t))
 
 

@@ -63,7 +63,8 @@ class AnyStep(nn.Module):
 
     Args:
         net: with a time embedding, a module of `(B,)` times, at `time`. If it has a clock of its own, its
-            `second_time(t, r)` gives what the second embedding is asked at and how much it weighs.
+            `second_time(t, r)` gives what the second embedding is asked at and how much it weighs. A net that does not
+            know t = 0 says so by `no_start`, the option that changes it.
         time: name of that module; None is what the network says (`time_module`), or `time`.
         start: see `SecondTime`; None is what the network says (`time_start`), or `copy`.
 
@@ -71,7 +72,7 @@ class AnyStep(nn.Module):
         twin: whether times in (1, 2] differ from those in [0, 1), as training with a twin needs.
 
     Raises:
-        ValueError: the network has no module of that name.
+        ValueError: the network has no module of that name, or does not know t = 0.
     """
 
     def __init__(self, net: nn.Module, time: str | None = None, start: Start | None = None):
@@ -80,6 +81,8 @@ class AnyStep(nn.Module):
         embedding = dict(net.named_modules()).get(time)
         if embedding is None:
             raise ValueError(f"AnyStep: {type(net).__name__} has no module '{time}', expected its time embedding")
+        if getattr(net, "no_start", ""):
+            raise ValueError(f"AnyStep: {type(net).__name__} does not know t = 0, expected {net.no_start}")
         self.net, self.place = net, time
         net.set_submodule(time, SecondTime(embedding, start))
         self.shape, self.num_classes, self.twin = net.shape, net.num_classes, getattr(net, "twin", True)

@@ -125,6 +125,33 @@ class AttentionBlock(nn.Module):
         return (x + h.transpose(1, 2).unflatten(2, x.shape[2:])) * math.sqrt(0.5)
 
 
+class Clock(nn.Module):
+    """Time embedding of t `(B,)`, two linear layers on features of `s = time_scale * t`: `(B, dim)`.
+
+    Args:
+        width: of the features: sinusoidal ones of s, or that many random frequencies of log s.
+        dim: size of the result.
+        time_scale: s = time_scale * t.
+        fourier: random Fourier features, which do not know t = 0.
+    """
+
+    def __init__(self, width: int, dim: int, time_scale: float, fourier: bool):
+        super().__init__()
+        self.width, self.time_scale = width, time_scale
+        self.fourier = FourierEmbedding(width) if fourier else None
+        self.first = scaled_uniform(nn.Linear(2 * width if fourier else width, dim))
+        self.second = scaled_uniform(nn.Linear(dim, dim))
+
+    def features(self, t: Tensor) -> Tensor:
+        """What the linear layers read: `(B, width)`, or `(B, 2 width)` for Fourier features."""
+        if self.fourier is not None:
+            return self.fourier((self.time_scale * t.to(working_dtype(t))).log())
+        return positional_embedding(t, self.width, self.time_scale)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(self.features(t).to(self.first.weight.dtype))))
+
+
 class Combine(nn.Module):
     """Adds a 1x1 convolution of the image pyramid to the features.
 
@@ -145,9 +172,10 @@ class Combine(nn.Module):
 class NCSNpp(nn.Module):
     """The score network NCSN++ and its simpler form DDPM++ (arXiv 2011.13456 appendix H) as a velocity field.
 
-    `layers` holds every layer with weights in the order of the forward pass. The network receives t in [0, 1] and works
-    with s = `time_scale` * t: the embedding is positional in s, or random Fourier features of log s; then t = 0 is
-    outside the domain. Defaults are the CIFAR-10 DDPM++; see also `ddpmpp_cifar10` and `ncsnpp_256`.
+    `layers` holds every layer with weights after the time embedding, in the order of the forward pass. The network
+    receives t in [0, 1] and works with s = `time_scale` * t: the embedding is positional in s, or random Fourier
+    features of log s; then t = 0 is outside the domain. Defaults are the CIFAR-10 DDPM++; see also `ddpmpp_cifar10` and
+    `ncsnpp_256`.
 
     Args:
         shape: (C, H, W) of a sample; H and W multiples of 2^(levels - 1).
@@ -164,6 +192,9 @@ class NCSNpp(nn.Module):
         dropout: in the residual blocks.
         time_scale: s = time_scale * t.
         num_classes: 0 = unconditional. Otherwise a class embedding is added to that of the time.
+
+    Attributes:
+        no_start: options with which t = 0 would be known; empty if it is.
     """
 
     checkpoint_blocks = (ResidualBlock, AttentionBlock)
@@ -192,8 +223,11 @@ class NCSNpp(nn.Module):
         self.shape, self.num_classes, self.width = shape, num_classes, width
         self.levels, self.blocks = len(mult), blocks
         self.attention_levels = tuple(shape[1] >> level in attention for level in range(len(mult)))
-        self.embedding, self.progressive, self.divide_by_time = embedding, progressive, divide_by_time
+        self.progressive, self.divide_by_time = progressive, divide_by_time
         self.centred, self.time_scale = centred, time_scale
+        wrong = {"embedding=positional": embedding == "fourier", "divide_by_time=false": divide_by_time}
+        self.no_start = " ".join(option for option, found in wrong.items() if found)
+        self.time = Clock(width, 4 * width, time_scale, embedding == "fourier")
         self.condition = Condition(4 * width, num_classes)
         if progressive:
             self.pyramid_down, self.pyramid_up = Resample("down", fir), Resample("up", fir)
@@ -201,10 +235,6 @@ class NCSNpp(nn.Module):
         add = self.layers.append
         image, emb = shape[0], 4 * width
 
-        if embedding == "fourier":
-            add(FourierEmbedding(width))
-        add(scaled_uniform(nn.Linear(2 * width if embedding == "fourier" else width, emb)))
-        add(scaled_uniform(nn.Linear(emb, emb)))
         add(conv(image, width))
         skips, channels = [width], width
         for level, factor in enumerate(mult):
@@ -238,20 +268,10 @@ class NCSNpp(nn.Module):
         """`cond` `(B,)` with the null class where `mask` `(B,)` is true."""
         return self.condition.drop(cond, mask)
 
-    def embed(self, t: Tensor) -> Tensor:
-        """Time embedding of t `(B,)` in [0, 1] before the two linear layers: `(B, width)`, Fourier `(B, 2 width)`."""
-        if self.embedding == "fourier":
-            return self.layers[0]((self.time_scale * t.to(working_dtype(t))).log())
-        return positional_embedding(t, self.width, self.time_scale)
-
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Velocity `(B, C, H, W)` at x `(B, C, H, W)`, t `(B,)` in [0, 1] (0 = noise), cond `(B,)` classes or None."""
         check_input(x, t, self.shape)
-        layers = iter(self.layers)
-        if self.embedding == "fourier":
-            next(layers)
-        first, second = next(layers), next(layers)
-        emb = second(F.silu(first(self.embed(t).to(first.weight.dtype))))
+        layers, emb = iter(self.layers), self.time(t)
         pooled, _ = self.condition(cond, len(x))
         if pooled is not None:
             emb = emb + pooled

@@ -27,6 +27,8 @@ BLOCK = {"GroupNorm_0": "norm0", "Conv_0": "conv0", "Dense_0": "time", "GroupNor
 BLOCK |= {"Conv_2": "shortcut"}
 ATTENTION = {"GroupNorm_0": "norm", "NIN_0": "query", "NIN_1": "key", "NIN_2": "value", "NIN_3": "out"}
 COMBINE = {"Conv_0": "conv"}
+LEAVES = {"W": "weight", "b": "bias"}
+CLOCK = ("fourier", "first", "second")
 BACK = {ours: theirs for table in (BLOCK, ATTENTION, COMBINE) for theirs, ours in table.items()}
 
 
@@ -42,13 +44,15 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     inner = {}
     for index, layer, _ in parts.values():
         inner.setdefault(index, set()).add(layer)
+    clock = CLOCK if FROZEN in plain else CLOCK[1:]
     out = {}
     for key, (index, layer, leaf) in parts.items():
         table = ATTENTION if "NIN_0" in inner[index] else BLOCK if "Dense_0" in inner[index] else COMBINE
-        leaf = {"W": "weight", "b": "bias"}.get(leaf, leaf)
+        leaf = LEAVES.get(leaf, leaf)
         if (layer and layer not in table) or leaf not in ("weight", "bias"):
             raise UserError(f"unexpected entry '{key}' in a layer with {', '.join(sorted(inner[index]))}")
-        ours = f"layers.{index}.{table[layer]}.{leaf}" if layer else f"layers.{index}.{leaf}"
+        place = f"time.{clock[index]}" if index < len(clock) else f"layers.{index - len(clock)}"
+        ours = ".".join(filter(None, (place, table.get(layer, ""), leaf)))
         out[ours] = plain[key].T.contiguous() if layer.startswith("NIN_") and leaf == "weight" else plain[key]
     return out
 
@@ -66,15 +70,18 @@ def invert(state: Mapping[str, Tensor], num_scales: int = 1000, sigma_max: float
     """
     sigmas = torch.linspace(math.log(sigma_max), math.log(0.01), num_scales, dtype=torch.float64).exp()
     out = {"sigmas": sigmas}
+    clock = CLOCK if "time.fourier.weight" in state else CLOCK[1:]
     for key, value in state.items():
+        own = re.fullmatch(rf"time\.({'|'.join(clock)})\.(weight|bias)", key)
+        if own is not None:
+            out[f"all_modules.{clock.index(own[1])}.{'W' if own[1] == 'fourier' else own[2]}"] = value
+            continue
         index, layer, leaf = _split(key, "layers")
         if (layer and layer not in BACK) or leaf not in ("weight", "bias"):
             raise UserError(f"unexpected entry '{key}' in the state dict of an NCSNpp")
-        theirs = BACK.get(layer, "")
+        index, theirs = index + len(clock), BACK.get(layer, "")
         if theirs.startswith("NIN_"):
             leaf = {"weight": "W", "bias": "b"}[leaf]
-        elif index == 0 and value.ndim == 1 and leaf == "weight":
-            leaf = "W"
         key = ".".join(filter(None, ("all_modules", str(index), theirs, leaf)))
         out[key] = value.T.contiguous() if theirs.startswith("NIN_") and leaf == "W" else value
     return out

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from penstock.lightning_modules.flow import any_step
 from penstock.lightning_modules.flow.any_step import displacement, ends, mix, rcgm_target, time_weight
 from penstock.lightning_modules.flow.any_step_sampler import AnyStepSampler
 
@@ -40,18 +39,18 @@ def test_ends_are_a_decomposition():
 
 
 @pytest.mark.parametrize(("t", "r", "expected"), [(0.1, 1.0, -1.18e-3), (0.5, 0.8, -3.15e-3)])
-def test_exact_average_velocities_leave_a_residual_of_the_order_of_the_step(t, r, expected, monkeypatch):
+def test_exact_average_velocities_leave_a_residual_of_the_order_of_the_step(t, r, expected):
     x, t, r = column(1.3)[:, None], column(t), column(r)
     u, v = average(x, t, r), velocity(x, t[:, None])
 
-    def residual(order):
-        return float(rcgm_target(average, u, v, x, t, r, order) - u)
+    def residual(order, step=0.01):
+        return float(rcgm_target(average, u, v, x, t, r, order, step) - u)
 
     found = residual(2)
     assert found == pytest.approx(expected, rel=5e-3)
     assert [residual(1), residual(3)] == pytest.approx([found, found], abs=1e-9)
-    monkeypatch.setattr(any_step, "STEP", 1e-3)
-    assert residual(2) == pytest.approx(found / 10, rel=0.05)
+    assert residual(2, 1e-3) == pytest.approx(found / 10, rel=0.05)
+    assert residual(2, 0) == pytest.approx(0, abs=1e-12)
 
 
 def test_score_from_velocity():
@@ -67,12 +66,26 @@ def test_target_at_and_near_equal_times_is_finite_and_flow_matching():
     t = torch.tensor([0.0, 0.3, 0.999, 1.0, 0.5])
     r = t + torch.tensor([0.0, 1e-7, 0.0, 0.0, 0.009])
     u, v = torch.zeros(5, 2), torch.full((5, 2), 0.25)
-    for order in (1, 2, 4):
-        target = rcgm_target(lambda x, t, r: v, u, v, x, t, r, order)
+    for order, step in ((1, 0.01), (2, 0.01), (4, 0.01), (2, 0), (3, 0)):
+        target = rcgm_target(lambda x, t, r: v, u, v, x, t, r, order, step)
         torch.testing.assert_close(target[[0, 2, 3]], v[[0, 2, 3]], rtol=0, atol=0)
         assert target.isfinite().all()
-    with pytest.raises(ValueError, match="order 0, expected at least 1"):
-        rcgm_target(average, u, v, x, t, r, 0)
+    for order, step, least in ((0, 0.01, 1), (1, 0, 2)):
+        with pytest.raises(ValueError, match=f"order {order} with step {step}, expected at least {least}"):
+            rcgm_target(average, u, v, x, t, r, order, step)
+
+
+def test_target_without_a_first_step_is_half_of_each_of_two_steps():
+    x, t, r = column(1.3, -0.4)[:, None], column(0.2, 0.0), column(0.9, 1.0)
+    middle = (t + r) / 2
+
+    def wrong(x, t, r):
+        return 0.1 * average(x, t, r) + 0.2
+
+    there = x + (middle - t)[:, None] * wrong(x, t, middle)
+    expected = (wrong(x, t, middle) + wrong(there, middle, r)) / 2
+    found = rcgm_target(wrong, expected + 0.3, torch.full_like(x, 9.0), x, t, r, 2, 0)
+    torch.testing.assert_close(found, expected)
 
 
 def test_displacement_of_exact_averages_is_the_flow_map():

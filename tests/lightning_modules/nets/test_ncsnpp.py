@@ -15,7 +15,7 @@ FOURIER = {**SMALL, "embedding": "fourier", "fir": True, "progressive": True, "d
 
 @pytest.mark.parametrize(
     ("build", "parameters", "frozen", "layers"),
-    [(ddpmpp_cifar10, 61_804_419, 0, 55), (ncsnpp_256, 65_574_549, 128, 77)],
+    [(ddpmpp_cifar10, 61_804_419, 0, 53), (ncsnpp_256, 65_574_549, 128, 74)],
 )
 def test_published_parameter_counts(build, parameters, frozen, layers):
     with torch.device("meta"):

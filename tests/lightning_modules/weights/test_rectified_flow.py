@@ -63,9 +63,9 @@ def test_averaged_weights_are_matched_by_order_and_frozen_frequencies_come_from_
     path = save(checkpoint)
     raw, ema = official.load(path, "raw"), official.load(path)
     assert raw.keys() == ema.keys() == NCSNpp(**OPTIONS).state_dict().keys()
-    assert torch.equal(ema["layers.0.weight"], raw["layers.0.weight"])
-    assert torch.equal(raw["layers.0.weight"], checkpoint["model"]["module.all_modules.0.W"])
-    assert all(torch.equal(ema[key], raw[key] + 1) for key in raw if key != "layers.0.weight")
+    assert torch.equal(ema["time.fourier.weight"], raw["time.fourier.weight"])
+    assert torch.equal(raw["time.fourier.weight"], checkpoint["model"]["module.all_modules.0.W"])
+    assert all(torch.equal(ema[key], raw[key] + 1) for key in raw if key != "time.fourier.weight")
     reordered = {key: checkpoint["model"][key] for key in sorted(checkpoint["model"])}
     again = official.load(save({**checkpoint, "model": reordered}))
     assert all(torch.equal(again[key], ema[key]) for key in ema)
@@ -106,7 +106,7 @@ def test_pretrained_finds_the_preset(save, monkeypatch):
     assert not net.centred
     assert next(m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)) == 0.3
     for (name, value), reference in zip(net.named_parameters(), source.parameters()):
-        torch.testing.assert_close(value.data, reference.data if name == "layers.0.weight" else 2 * reference.data)
+        torch.testing.assert_close(value.data, reference.data if name == "time.fourier.weight" else 2 * reference.data)
 
 
 def test_pretrained_is_configurable_by_class_path(tmp_path):
@@ -124,7 +124,7 @@ def without(mapping, key):
 
 def test_checkpoint_of_another_network_is_refused(checkpoint, save):
     net = NCSNpp(**{**OPTIONS, "width": 12})
-    with pytest.raises(UserError, match=r"fit this NCSNpp: layers\.0\.weight: found \(8,\), expected \(12,\)"):
+    with pytest.raises(UserError, match=r"fit this NCSNpp: time\.fourier\.weight: found \(8,\), expected \(12,\)"):
         official.load_into(net, save(checkpoint))
     with pytest.raises(UserError, match=r"fits none of ddpmpp_cifar10, ncsnpp_256; nearest is .*: found .*, expected "):
         official.pretrained(str(save(checkpoint)))
@@ -133,7 +133,7 @@ def test_checkpoint_of_another_network_is_refused(checkpoint, save):
 def test_missing_and_unknown_keys_are_named(checkpoint, save):
     key = "module.all_modules.5.Conv_0.bias"
     cut = {**checkpoint, "model": without(checkpoint["model"], key)}
-    with pytest.raises(UserError, match=r"layers\.5\.conv0\.bias: found no such entry, expected \(8,\)"):
+    with pytest.raises(UserError, match=r"layers\.2\.conv0\.bias: found no such entry, expected \(8,\)"):
         official.load_into(NCSNpp(**OPTIONS), save(cut), "raw")
     with pytest.raises(UserError, match=r"shadow_params has \d+ tensors, expected \d+"):
         official.load(save(cut))
