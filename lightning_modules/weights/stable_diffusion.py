@@ -1,59 +1,35 @@
-"""Stable Diffusion and InstaFlow folders of diffusers: U-Net, autoencoder and prompt encoder, by hub name or path.
+"""Stable Diffusion and InstaFlow folders of diffusers: U-Net and prompt encoder, by hub name or path.
 
 A folder holds `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`, each with its configuration and weights
 (`diffusion_pytorch_model.safetensors`, `model.safetensors`). Those of InstaFlow (arXiv 2309.06380; on the hub
 `XCLiu/2_rectified_flow_from_sd_1_5`, `XCLiu/instaflow_0_9B_from_sd_1_5`) have the keys of Stable Diffusion 1.5 and load
-unchanged. diffusers and transformers (the extra `text2image`) are imported where they are used.
+unchanged. diffusers and transformers (the extra `text2image`) are imported where they are used. The autoencoder in
+`vae/` is read by `weights.latents`.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.stable_diffusion import Reading, StableDiffusion
 from penstock.lightning_modules.nets.text_encoder import TextEncoder, to_device
+from penstock.lightning_modules.weights import folders
 
 PLACES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
     "scheduler": ("diffusers", "DDPMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
 
 
-def part(path: str, name: Literal["unet", "vae", "scheduler", "text_encoder", "tokenizer"]) -> Any:
-    """One part of the folder or hub repository `path`, made by its own library.
-
-    Raises:
-        UserError: a library that is not installed, a folder without that part, or one that can't be read or fetched.
-    """
-    library, kind = PLACES[name]
-    try:
-        loader = getattr(importlib.import_module(library), kind)
-    except ImportError as error:
-        raise UserError(
-            f"Stable Diffusion needs {library}, which is not installed: pip install 'penstock[text2image]'"
-        ) from error
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / name).is_dir():
-        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
-        raise UserError(f"{folder}: no '{name}' in it; found {found}, expected a diffusers folder with {name}/")
-    if not folder.is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise UserError(f"{path}: no such folder; expected a diffusers folder or a hub name like owner/model")
-    options = {"low_cpu_mem_usage": False} if name in ("unet", "vae") else {}
-    try:
-        return loader.from_pretrained(str(folder) if folder.is_dir() else path, subfolder=name, **options)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-        where = "cannot be read" if folder.is_dir() else "is no local folder and cannot be fetched from the hub"
-        raise UserError(f"{path}: {name} {where} ({reason}); expected a diffusers folder with {name}/") from error
+def part(path: str, name: Literal["unet", "scheduler", "text_encoder", "tokenizer"]) -> Any:
+    """One part of the folder or hub repository `path`; errors as `folders.part`."""
+    options = {"low_cpu_mem_usage": False} if name == "unet" else {}
+    return folders.part(path, name, *PLACES[name], **options)
 
 
 def pretrained(
@@ -128,39 +104,6 @@ class ClipText(TextEncoder):
         ).input_ids
         with torch.autocast(torch.device(device).type, enabled=False):
             return _on(self._net, device)(to_device(ids, device)).last_hidden_state.float()
-
-
-class KLAutoencoder(Autoencoder):
-    """The autoencoder: latents are `scaling_factor` times the encoder's (0.18215 in Stable Diffusion 1.5).
-
-    Args:
-        path: Folder or hub name with `vae/`.
-        chunk: Images that are encoded or decoded at once.
-    """
-
-    key = "latent"
-
-    def __init__(self, path: str, chunk: int = 8):
-        self._net = part(path, "vae").eval().requires_grad_(False)
-        self.scale, self.chunk = float(self._net.config.scaling_factor), chunk
-        self.factor = 2 ** (len(self._net.config.block_out_channels) - 1)
-
-    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`(4, H / 8, W / 8)` of `(3, H, W)`."""
-        return self._net.config.latent_channels, shape[1] // self.factor, shape[2] // self.factor
-
-    @torch.no_grad()
-    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        net = _on(self._net, image.device)
-        with torch.autocast(image.device.type, enabled=False):
-            laws = [net.encode(images.float()).latent_dist for images in image.split(self.chunk)]
-        mean = torch.cat([law.mean for law in laws])
-        return self.scale * (mean if noise is None else mean + torch.cat([law.std for law in laws]) * noise)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        net = _on(self._net, latent.device)
-        with torch.autocast(latent.device.type, enabled=False):
-            return torch.cat([net.decode(z.float() / self.scale).sample for z in latent.split(self.chunk)])
 
 
 def _on(net: nn.Module, device: torch.device | str) -> nn.Module:

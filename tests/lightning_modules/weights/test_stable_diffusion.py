@@ -22,7 +22,8 @@ from penstock.lightning_modules.cli import _run
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.instaflow import InstaFlow
 from penstock.lightning_modules.weights import stable_diffusion
-from penstock.lightning_modules.weights.stable_diffusion import ClipText, KLAutoencoder, add_change, pretrained
+from penstock.lightning_modules.weights.latents import Latents
+from penstock.lightning_modules.weights.stable_diffusion import ClipText, add_change, pretrained
 
 WRITE = runpy.run_path(str(Path(__file__).with_name("diffusers_folder.py")))["write"]
 ADAM = partial(torch.optim.Adam, lr=1e-3)
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def instaflow(folder, **options):
-    parts = {"text": ClipText(str(folder)), "autoencoder": KLAutoencoder(str(folder))}
+    parts = {"text": ClipText(str(folder)), "autoencoder": Latents(str(folder))}
     return InstaFlow(pretrained(str(folder)), ADAM, **parts, **options)
 
 
@@ -81,13 +82,16 @@ def test_samples_are_those_of_the_official_loop_on_the_same_parts(folder, steps,
 
 
 def test_latents_are_scaled_and_their_noise_is_given(folder):
-    vae = KLAutoencoder(str(folder), chunk=2)
+    vae = Latents(str(folder), chunk=2)
     image = torch.rand(3, 3, 16, 16) * 2 - 1
     assert vae.latent_shape((3, 16, 16)) == (4, 8, 8)
     law = vae._net.encode(image).latent_dist
     torch.testing.assert_close(vae.encode(image), 0.18215 * law.mean)
     noise = torch.randn(3, 4, 8, 8)
     torch.testing.assert_close(vae.encode(image, noise), 0.18215 * (law.mean + law.std * noise))
+    whole = Latents(str(folder), chunk=3)
+    assert torch.equal(whole.encode(image, noise), 0.18215 * (law.mean + law.std * noise))
+    assert torch.equal(whole.decode(noise), vae._net.decode(noise / 0.18215).sample)
     latent = torch.randn(3, 4, 8, 8, requires_grad=True)
     vae.decode(latent).sum().backward()
     assert latent.grad.abs().sum() > 0
@@ -127,7 +131,7 @@ def test_what_is_absent_is_named(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, broken)
     shutil.rmtree(broken / "vae")
     with pytest.raises(UserError, match=r"broken: no 'vae' in it; found .*text_encoder.*, expected a diffusers folder"):
-        KLAutoencoder(str(broken))
+        Latents(str(broken))
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match=r"broken: unet cannot be read"):
