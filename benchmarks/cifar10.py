@@ -35,6 +35,11 @@ def readings(run: Path, name: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
+def max_time(minutes: float) -> str:
+    """Minutes, below a day, as days, hours, minutes and seconds: what `trainer.max_time` reads."""
+    return f"00:{int(minutes // 60):02d}:{int(minutes % 60):02d}:{round(60 * (minutes % 1)):02d}"
+
+
 def whole_run(words: list[str], steps: int, threads: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A few steps with every callback and two validations: what it measured and what the run folder holds."""
     own = [
@@ -84,8 +89,8 @@ def curve(
     words: list[str], perf: str, minutes: float, nfe: int, threads: int | None, run: Path | None
 ) -> list[dict[str, Any]]:
     """The distance against training time in a run of `minutes`, set-up and validation included; kept in `run`."""
-    limit = f"{int(minutes // 60):02d}:{int(minutes % 60):02d}:{round(60 * (minutes % 1)):02d}"
-    own = [f"perf={perf}", f"trainer.max_time='00:{limit}'", "trainer.max_steps=-1", "callbacks.ema.decay=0.999"]
+    own = [f"trainer.max_time='{max_time(minutes)}'", f"perf={perf}"]
+    own += ["trainer.max_steps=-1", "callbacks.ema.decay=0.999"]
     own += [f"callbacks.metrics.steps=[{nfe}]", "callbacks.metrics.every_n_validations=1", "model.scheduler.warmup=500"]
     name = f"fd_mobilenetv2/{nfe}"
     with fitted([*words, *own], threads) if run is None else nullcontext(run) as folder:

@@ -25,6 +25,6 @@ def test_recipes(tmp_path, make_teacher):
     for _ in range(2):
         twinflow.main(["--parts", "recipes", "--work", str(tmp_path / "work"), "--out", str(tmp_path), *words])
     rows = json.loads((tmp_path / "twinflow_digits.json").read_text())["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert all({"fd_pixels/1", "fd_pixels/4", "label_accuracy/1"} <= row.keys() for row in rows)
     assert (tmp_path / "twinflow_digits.png").stat().st_size > 1000
