@@ -17,6 +17,8 @@ def vae(kind: str, seed: int = 0) -> torch.nn.Module:
     kl |= {"scaling_factor": 1.5, "shift_factor": 0.06}
     frames = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
     frames |= {"latents_mean": [-0.7, 0.1, 0.9, 0.0], "latents_std": [2.8, 1.4, 0.5, 1.0]}
+    wan = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 8}
+    wan |= {"scale_factor_spatial": 4, "scale_factor_temporal": 2}
     dc = {"latent_channels": 4, "attention_head_dim": 4, "scaling_factor": 0.4}
     for side in ("encoder", "decoder"):
         dc |= {f"{side}_block_types": "ResBlock", f"{side}_block_out_channels": (8, 8)}
@@ -25,7 +27,7 @@ def vae(kind: str, seed: int = 0) -> torch.nn.Module:
         "AutoencoderKL": kl,
         "AutoencoderDC": dc,
         "AutoencoderKLQwenImage": frames,
-        "AutoencoderKLWan": {**frames, "scale_factor_spatial": 2, "scale_factor_temporal": 2},
+        "AutoencoderKLWan": {**frames, **wan, "dim_mult": [1, 1]},
     }
     torch.manual_seed(seed)
     return getattr(diffusers, kind)(**options[kind])
