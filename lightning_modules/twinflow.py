@@ -17,7 +17,7 @@ from penstock.lightning_modules.flow.barron import Barron
 from penstock.lightning_modules.flow.blocks import Shares
 from penstock.lightning_modules.flow.losses import FlowLoss
 from penstock.lightning_modules.flow.times import TimeSampler, Uniform
-from penstock.lightning_modules.flow.twinflow import StepDraws, Terms, TwinObjective
+from penstock.lightning_modules.flow.twinflow import StepDraws, Terms, TwinObjective, one_step
 from penstock.lightning_modules.flow_module import FlowModule, Key
 from penstock.lightning_modules.nets import lora
 from penstock.lightning_modules.nets.any_step import AnyStep
@@ -66,7 +66,7 @@ class TwinFlow(FlowModule):
         enhanced_range: Shares of noise (a, b) between which, both excluded, it acts.
         ema_decay: Of the weights that give targets: 0 is the network itself, 1 its weights at the start (a frozen
             teacher, for the guidance only); between, the average's decay rises from 0.
-        image_free: Learn from the network's own samples, without the batch's data.
+        image_free: Learn from the network's own samples; of the batch only the condition is read.
         condition_dropout: Share of the rows whose condition is dropped, so that `u_e` learns, in [0, 1].
         key: Entry of the batch that holds the data, where no `text` is given.
         initial: Checkpoint whose raw weights training starts from: of this method, or of a flow with one time.
@@ -198,6 +198,8 @@ class TwinFlow(FlowModule):
         return super().condition(batch) if self.prompted is None else self.prompted.condition(batch, self.device)
 
     def _data(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        if self.objective.image_free:
+            return torch.zeros(len(batch["index"]), *self.net.shape, device=self.device)
         if self.prompted is None:
             return batch[self.key]
         return self.prompted.data(batch, draws, tuple(self.net.shape))
@@ -254,11 +256,13 @@ class TwinFlow(FlowModule):
 
     def losses(self, batch: dict[str, Any], draws: Draws) -> Tensor:
         """Any-step loss of each sample `(B,)` from random t to random r, without guidance: what validation logs."""
-        x1 = self._data(batch, draws)
+        x1, cond = self._data(batch, draws), self.condition(batch)
+        if self.objective.image_free:
+            x1 = one_step(self.net, draws.normal("free", x1.shape[1:]), cond).detach()
         noise, scalars = draws.both(("noise", x1.shape[1:]), ("time", (2,)), x1.dtype)
         t = self.times.quantile(scalars[:, 0])
         r = t + scalars[:, 1] * self.objective.consistency * (1 - t)
-        return self.objective.any_step(self.net, noise, x1, t, r, self.condition(batch))
+        return self.objective.any_step(self.net, noise, x1, t, r, cond)
 
     # ------------------------------------------------------------------ sampling
 

@@ -101,8 +101,9 @@ def generate(
     labels: Tensor | None = None,
     context: Callable[[], AbstractContextManager] = nullcontext,
     text: list[str] | None = None,
+    size: int = CHUNK,
 ) -> Iterator[Generated]:
-    """Draws `n` samples in fixed chunks of at most 250, shared among the ranks.
+    """Draws `n` samples in fixed chunks of at most `size`, shared among the ranks.
 
     Chunk `i` has a generator of its own, seeded from `(seed, i)`, and belongs to rank `i % world`, so that any number
     of ranks makes the same set. Every rank runs the network equally often, as sharded models need: a rank without a
@@ -117,18 +118,19 @@ def generate(
         labels: `(n,)` int64 class of each sample; None for unconditional modules.
         context: makes the context of the module's forward pass (the trainer's precision).
         text: `n` prompts, which `sample` gets as `cond` instead of the labels.
+        size: samples of a chunk; another size makes other samples.
 
     Yields:
         This rank's chunks.
     """
     rank, world = rank_and_world()
-    starts = range(0, n, CHUNK)
+    starts = range(0, n, size)
     for first in range(0, len(starts), world):
         mine = first + rank
         chunk = min(mine, len(starts) - 1)
-        index = torch.arange(starts[chunk], min(starts[chunk] + CHUNK, n))
+        index = torch.arange(starts[chunk], min(starts[chunk] + size, n))
         label = None if labels is None else labels[index].to(pl_module.device)
-        prompts = None if text is None else text[starts[chunk] : starts[chunk] + CHUNK]
+        prompts = None if text is None else text[starts[chunk] : starts[chunk] + size]
         generator = torch.Generator(pl_module.device).manual_seed(chunk_seed(seed, chunk))
         with _evaluating(pl_module, pl_module.device), context():
             cond = label if text is None else prompts
@@ -234,6 +236,7 @@ class GenerationMetrics(EvaluationCallback):
         every_n_validations: int = 1,
         seed: int = 0,
         prompts: Literal["train", "val", "test", "all"] = "test",
+        chunk: int = CHUNK,
     ):
         """Sets what is drawn and by what it is scored.
 
@@ -244,18 +247,22 @@ class GenerationMetrics(EvaluationCallback):
             every_n_validations: 0 = only after training, in `validate` and `test`.
             seed: of the samples' noise; independent of the run's seed.
             prompts: split whose captions are the prompts, for a module that takes text and data that have it.
+            chunk: samples that the network makes at once; another size makes other samples.
 
         Raises:
-            UserError: for `n < 2`, no steps, or steps that are neither a number of at least 1 nor `bellman:K`.
+            UserError: for `n < 2`, `chunk < 1`, no steps, or steps that are neither numbers of at least 1 nor
+                `bellman:K`.
         """
         super().__init__(every_n_validations)
         if n < 2:
             raise UserError(f"n: {n} samples given, expected at least 2")
+        if chunk < 1:
+            raise UserError(f"chunk: {chunk} given, expected at least 1")
         if not steps:
             raise UserError(f"steps: {steps} given, expected a list of numbers of at least 1")
         for number in steps:
             parse_steps(number)
-        self.metrics, self.steps, self.n, self.seed, self.prompts = metrics, steps, n, seed, prompts
+        self.metrics, self.steps, self.n, self.seed, self.prompts, self.chunk = metrics, steps, n, seed, prompts, chunk
 
     @cached_property
     def state_key(self) -> str:
@@ -290,9 +297,8 @@ class GenerationMetrics(EvaluationCallback):
             for metric in self.metrics:
                 metric.reset(pl_module.device)
             nfe = 0
-            for samples in generate(
-                pl_module, self.n, steps, self.seed, labels, trainer.precision_plugin.forward_context, text
-            ):
+            context = trainer.precision_plugin.forward_context
+            for samples in generate(pl_module, self.n, steps, self.seed, labels, context, text, self.chunk):
                 nfe = max(nfe, samples.nfe)
                 for metric in self.metrics:
                     metric.update(samples)

@@ -134,6 +134,37 @@ def test_plain_weights_go_into_an_adapted_network():
     assert torch.equal(first.eval()(x, t), second.eval()(x, t))
 
 
+def test_a_small_change_of_bfloat16_weights_is_not_rounded_away():
+    torch.manual_seed(0)
+    net, x = nn.Linear(256, 256), torch.randn(64, 256)
+    plain = nn.Linear(256, 256)
+    plain.load_state_dict(net.state_dict())
+    lora.adapt(net.to(torch.bfloat16), 4)
+    low_rank = net.parametrizations.weight[0]
+    assert low_rank.lora_A.dtype == low_rank.lora_B.dtype == torch.float32
+    nn.init.normal_(low_rank.lora_B, std=1e-4)
+    change = low_rank.scale * x @ low_rank.lora_A.T @ low_rank.lora_B.T
+    assert change.std() < 2**-9 * plain(x).std()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(low_rank.output(net, x).float(), change, rtol=0.03, atol=0.03 * change.std().item())
+        net(x).float().square().mean().backward()
+    assert low_rank.lora_A.grad.abs().sum() > 0
+
+
+def test_convolutions_with_a_stride_and_frozen_layers():
+    torch.manual_seed(0)
+    conv, grouped = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=2)
+    still = nn.Linear(2, 2).requires_grad_(False)
+    net = nn.ModuleList([conv, grouped, still])
+    lora.adapt(net, 2)
+    assert [hasattr(layer, "parametrizations") for layer in net] == [True, False, False]
+    nn.init.normal_(conv.parametrizations.weight[0].lora_B)
+    x = torch.randn(2, 3, 8, 8)
+    adapted = conv(x)
+    lora.merge(net)
+    torch.testing.assert_close(conv(x), adapted, rtol=1e-5, atol=1e-5)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="rank 0"):
         lora.adapt(nn.Linear(2, 2), 0)

@@ -82,7 +82,13 @@ def held(state, key):
 def test_a_recipe_trains_and_its_checkpoint_draws(name, folder, captioned, tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
     low_rank = ["model.lora_rank=2"] if name.endswith("lora") else []
-    assert _run(["fit", *words(name, folder, captioned), *low_rank]) == 0
+    given = words(name, folder, captioned)
+    if name.endswith("image_free"):
+        (tmp_path / "captions.txt").write_text("\n".join(f"a picture of {n} cats" for n in range(12)))
+        left_out = ("data.data_dir", "data.path", "data.val_fraction")
+        given = [word for word in given if not word.startswith(left_out)]
+        given += [f"data.path={tmp_path / 'captions.txt'}", "data.val_fraction=0.3"]
+    assert _run(["fit", *given, *low_rank]) == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = load_checkpoint(last)
     assert checkpoint["global_step"] == 2
