@@ -18,6 +18,7 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 from penstock.lightning_modules.seeds import run_seed
 
 SPLITS = ("train", "val", "test", "all")
+PIXEL_KEYS = ("image", "video")
 Split = Literal["train", "val", "test", "all"]
 
 
@@ -61,7 +62,8 @@ class KindDataModule(LightningDataModule):
     """One kind of data. A subclass implements `build` (and `prepare_data` where something is downloaded).
 
     After `setup`: `shape` of one sample, `num_classes` (0 = no labels), `class_names`, `fingerprint`, `levels` (grey
-    levels of raw images, 0 for data without levels). A data set without a test split uses its held-out split as test.
+    levels of raw images or videos, 0 for data without levels). A data set without a test split uses its held-out split
+    as test.
 
     Args:
         batch_size: global training batch, divided over the ranks.
@@ -171,12 +173,12 @@ class KindDataModule(LightningDataModule):
         return PredictionLoader(self._eval_loader("test"))
 
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
-        """Every sample of `split` once over all ranks, in order, as final float images: no augmentation ever."""
+        """Every sample of `split` once over all ranks, in order, as final float data: no augmentation ever."""
         view = self.view(split)
         return self.loader(view, self.eval_batches(len(view)), partial(_scaled, pixels=self.pixels))
 
     def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as evaluation sees it: `image` scaled to [-1, 1]. A scaled batch is left alone."""
+        """The batch as evaluation sees it: `image` or `video` scaled to [-1, 1]. A scaled batch is left alone."""
         return _scaled(batch, self.pixels)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
@@ -184,11 +186,11 @@ class KindDataModule(LightningDataModule):
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Scales raw images; in training also flips and dequantises, keyed by (seed, epoch, index)."""
-        raw = batch.get("image")
-        if self.trainer is None or not self.trainer.training or raw is None or raw.is_floating_point():
+        """Scales raw images and videos; in training also flips and dequantises, keyed by (seed, epoch, index)."""
+        key = _raw_key(batch)
+        if self.trainer is None or not self.trainer.training or key is None:
             return self.finished(batch)
-        return {**batch, "image": self.pixels.augment(raw, self.draws(batch["index"]))}
+        return {**batch, key: self.pixels.augment(batch[key], self.draws(batch["index"]))}
 
     def draws(self, index: Tensor) -> Draws:
         """Random numbers of this epoch for samples `index` `(B,)`."""
@@ -270,10 +272,13 @@ def find_folder(name: str, data_dir: str | Path | None) -> Path | None:
 
 
 def _scaled(batch: dict[str, Any], pixels: Pixels | None) -> dict[str, Any]:
-    raw = batch.get("image")
-    if raw is None or raw.is_floating_point():
-        return batch
-    return {**batch, "image": pixels.scale(raw)}
+    key = _raw_key(batch)
+    return batch if key is None else {**batch, key: pixels.scale(batch[key])}
+
+
+def _raw_key(batch: dict[str, Any]) -> str | None:
+    """The entry that holds grey levels; None where there is none, or it is float already."""
+    return next((key for key in PIXEL_KEYS if key in batch and not batch[key].is_floating_point()), None)
 
 
 def _as_is(batch: Any) -> Any:

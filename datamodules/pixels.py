@@ -1,4 +1,4 @@
-"""From raw grey levels to the float images of the contract, on whole batches and on any device."""
+"""From raw grey levels to the float images and videos of the contract, on whole batches and on any device."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Pixels:
 
     Args:
         levels: number of grey levels of the raw data (256 for 8-bit images).
-        flip: mirror half of the training images left to right.
+        flip: mirror half of the training images, or whole videos, left to right.
         dequantise: add uniform noise of one level in training.
     """
 
@@ -26,11 +26,11 @@ class Pixels:
     dequantise: bool = False
 
     def scale(self, raw: Tensor) -> Tensor:
-        """Raw `(B, C, H, W)` levels as float32 in [-1, 1]."""
+        """Raw levels `(B, ..., H, W)` as float32 in [-1, 1]."""
         return raw.float() * (2 / (self.levels - 1)) - 1
 
     def augment(self, raw: Tensor, draws: Draws, prefix: str = "") -> Tensor:
-        """The training images of raw `(B, C, H, W)`; `prefix` names a second, independent set of draws."""
+        """The training data of raw levels `(B, ..., H, W)`; `prefix` names a second, independent set of draws."""
         if self.dequantise:
             noise = draws.uniform(f"{prefix}dequantise", tuple(raw.shape[1:]))
             x = (raw.float() + noise) * (2 / self.levels) - 1
@@ -38,5 +38,5 @@ class Pixels:
             x = self.scale(raw)
         if self.flip:
             mirrored = draws.uniform(f"{prefix}flip") < 0.5
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+            x = torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         return x

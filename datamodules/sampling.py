@@ -84,12 +84,17 @@ class KeyedBatchSampler(Sampler[np.ndarray]):
         self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
         self.rank, self.world = rank, world
         self.start = 0
-        whole, rest = divmod(size, batch_size)
-        self._edges = [k * batch_size for k in range(whole + 1)]
-        if rest and not drop_last:
-            if rest < world:
-                self._edges.pop()
-            self._edges.append(size)
+        self._edges = self.edges(size)
+
+    def edges(self, size: int) -> list[int]:
+        """Where the global batches of `size` samples begin and end, from 0."""
+        whole, rest = divmod(size, self.batch_size)
+        edges = [k * self.batch_size for k in range(whole + 1)]
+        if rest and not self.drop_last:
+            if rest < self.world and whole:
+                edges.pop()
+            edges.append(size)
+        return edges
 
     def share(self, batch: np.ndarray) -> np.ndarray:
         """This rank's contiguous part of one global batch."""
@@ -117,6 +122,46 @@ class PartneredBatchSampler(KeyedBatchSampler):
         key = (self.sampler.seed, self.sampler.epoch, 1)
         partner = np.random.default_rng(key).integers(self.others, size=len(self.sampler))
         return (np.stack((rows, partner[rows])) for rows in super().__iter__())
+
+
+class BucketedBatchSampler(KeyedBatchSampler):
+    """Every global batch holds rows of one bucket, for samples whose shapes differ between buckets.
+
+    The rows of a bucket keep the order of the epoch and are cut as `KeyedBatchSampler` cuts all of them; which bucket
+    comes when is a permutation that depends on (seed, epoch) alone, or the order of the buckets.
+
+    Args:
+        sampler: order of the epoch.
+        batch_size: global batch, at least `world`.
+        buckets: `(n,)` number of each row's bucket.
+        rank: this process.
+        world: number of processes that share the batch.
+        drop_last: training rule (drop a bucket's incomplete batch) or evaluation rule (join).
+
+    Raises:
+        ValueError: as `KeyedBatchSampler`; in evaluation also a bucket with fewer rows than ranks.
+    """
+
+    def __init__(
+        self, sampler: KeyedSampler, batch_size: int, *, buckets: np.ndarray, rank: int, world: int, drop_last: bool
+    ):
+        super().__init__(sampler, batch_size, rank=rank, world=world, drop_last=drop_last)
+        self.buckets = buckets
+        self._cuts = {int(b): self.edges(int(n)) for b, n in zip(*np.unique(buckets, return_counts=True))}
+        if not drop_last and (few := [n for cut in self._cuts.values() if (n := cut[-1]) < world]):
+            raise ValueError(f"a bucket of {few[0]} samples cannot be shared by {world} ranks")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = self.sampler.order()
+        own = self.buckets[order]
+        batches = [order[own == b][first:last] for b, cut in self._cuts.items() for first, last in pairwise(cut)]
+        turns = np.arange(len(batches))
+        if self.sampler.shuffle:
+            turns = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 2)).permutation(turns)
+        return (self.share(batches[k]) for k in turns[self.start :])
+
+    def __len__(self) -> int:
+        return sum(len(cut) - 1 for cut in self._cuts.values())
 
 
 class _Guarded(Dataset):
