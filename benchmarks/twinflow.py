@@ -25,15 +25,17 @@ from penstock.benchmarks.timing import alternate
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.cli.compare import plot_calls
 from penstock.lightning_modules.flow.blocks import Shares
+from penstock.lightning_modules.flow.losses import SquaredError
 from penstock.lightning_modules.nets.unet import UNet
 from penstock.lightning_modules.twinflow import TwinFlow
 
 NO_TWIN = ["model.shares.adv=0", "model.rectify=0"]
 MATCHING = ["order=0", "consistency=0", "shares.e2e=0", "shares.any=0", "ema_decay=0", "sampler.style=mul"]
+SHORTCUT = ["first_step=0", "near=0", "shares.mul=3", f"loss.class_path={SquaredError.__module__}.SquaredError"]
 RECIPES = {
     "flow_matching": ("flow matching", [*NO_TWIN, *(f"model.{word}" for word in [*MATCHING, "sampler.noise=0"])]),
     "rcgm": ("any-step (RCGM, order 2)", NO_TWIN),
-    "shortcut": ("shortcut: any-step without a first step", [*NO_TWIN, "model.first_step=0"]),
+    "shortcut": ("shortcut model", [*NO_TWIN, *(f"model.{word}" for word in SHORTCUT)]),
     "adversarial": ("with the adversarial loss, without the rectification", ["model.rectify=0"]),
     "twinflow": ("TwinFlow", []),
     "guided": ("TwinFlow, guidance of scale 2", ["model.enhanced_ratio=0.5"]),

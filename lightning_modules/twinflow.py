@@ -36,7 +36,7 @@ class TwinFlow(FlowModule):
     | block | t | r | data | target |
     |---|---|---|---|---|
     | `e2e` | 0 | 1 | real | any-step, and the rectification |
-    | `mul` | random | at most 5 % of the way to 1 | real | any-step |
+    | `mul` | random | at most `near` of the way to 1 | real | any-step |
     | `any` | random | random | real | any-step |
     | `one` | random | 1 | real | any-step |
     | `adv` | 2 - t | t | own one-step samples | `x_1 - x_0` |
@@ -48,7 +48,7 @@ class TwinFlow(FlowModule):
 
     Order 0 is flow matching (only `mul` and `adv` count); shares of 0 leave a block out: without `adv` and with
     `rectify=0` this is RCGM; `order=1` with `one` alone a consistency model, with `any` alone MeanFlow's condition;
-    `first_step=0` with `mul` and `any` a shortcut model.
+    `first_step=0 near=0` with `mul` and `any` a shortcut model.
 
     Args:
         net: `net(x, t, cond)`, which gets a second time embedding, or `net(x, t, cond, r)`.
@@ -59,6 +59,7 @@ class TwinFlow(FlowModule):
         sampler: Of `sample` with a number of steps; None re-noises after a jump to the data (`few`).
         order: N, the steps of the target's chain.
         first_step: D, how far the chain follows the data's velocity first, in [0, 1); 0 leaves that out.
+        near: How far `mul` reaches at most, as a share of the way to 1, in [0, 1]; 0 is flow matching.
         consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only.
         shares: Relative sizes of the blocks.
         rectify: Weight of the rectification; 0 leaves it out.
@@ -92,6 +93,7 @@ class TwinFlow(FlowModule):
         sampler: AnyStepSampler | None = None,
         order: int = 2,
         first_step: float = STEP,
+        near: float = 0.05,
         consistency: float = 1.0,
         shares: Shares = Shares(),  # noqa: B008
         rectify: float = 0.5,
@@ -118,7 +120,7 @@ class TwinFlow(FlowModule):
             raise ValueError(f"first_step={first_step}: expected a number in [0, 1)")
         if order == 1 and not first_step:
             raise ValueError("first_step=0: expected order=2 or more, one step would be compared with itself")
-        for name, value in (("consistency", consistency), ("ema_decay", ema_decay)):
+        for name, value in (("near", near), ("consistency", consistency), ("ema_decay", ema_decay)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}: expected a number in [0, 1]")
         if not 0 <= condition_dropout <= 1:
@@ -135,7 +137,7 @@ class TwinFlow(FlowModule):
         self.times, self.loss, self.sampler = times or Uniform(0.0), loss or Barron(), sampler or AnyStepSampler()
         self.objective = TwinObjective(
             self.loss, order, consistency, shares, rectify > 0, enhanced_ratio, tuple(enhanced_range), image_free,
-            ema_decay == 1, first_step,
+            ema_decay == 1, first_step, near,
         )  # fmt: skip
         self.rectify, self.ema_decay = rectify, ema_decay
         self.condition_dropout, self.lora_rank = condition_dropout, lora_rank

@@ -101,6 +101,7 @@ class TwinObjective:
         frozen: The reference is a frozen teacher, whose guidance is the target of image-free training; the chain asks
             the online network.
         first_step: D, how far the chain follows the data's velocity first.
+        near: How far `mul` reaches at most, as a share of the way to 1.
     """
 
     loss: FlowLoss
@@ -113,6 +114,7 @@ class TwinObjective:
     image_free: bool
     frozen: bool
     first_step: float = STEP
+    near: float = 0.05
 
     def terms(
         self,
@@ -175,7 +177,12 @@ class TwinObjective:
     def times(self, d: StepDraws, rows: dict[str, slice]) -> tuple[Tensor, Tensor]:
         """`t` and `r` `(B,)` of all blocks."""
         one = torch.ones_like(d.t)
-        reach = {"e2e": one, "one": one, "mul": d.near * min(0.05, self.consistency), "any": d.reach * self.consistency}
+        reach = {
+            "e2e": one,
+            "one": one,
+            "mul": d.near * min(self.near, self.consistency),
+            "any": d.reach * self.consistency,
+        }
         starts = {"e2e": 1 - one, "adv": 2 - d.t}
         t = torch.cat([starts.get(name, d.t)[at] for name, at in rows.items()])
         way = torch.cat([reach.get(name, 1 - one)[at] for name, at in rows.items()])

@@ -306,6 +306,7 @@ def test_jump_and_samples():
         ({"first_step": 1.0}, r"first_step=1.0: expected a number in \[0, 1\)"),
         ({"first_step": 0.0, "order": 1}, "first_step=0: expected order=2 or more"),
         ({"consistency": 1.5}, "consistency=1.5"),
+        ({"near": -0.1}, "near=-0.1"),
         ({"enhanced_ratio": 1.0}, r"enhanced_ratio=1.0: expected below 1 .*frozen teacher"),
         ({"enhanced_range": (0.7, 0.2)}, r"enhanced_range=\[0.7, 0.2\]"),
         ({"lora_rank": -1}, "rank -1"),
