@@ -212,8 +212,9 @@ def plot_calls(runs: list[dict[str, Any]], path: Path) -> bool:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    axes.flat[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    named = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=min(2, len(panels)), fontsize="small")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return True
 
