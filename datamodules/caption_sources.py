@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -98,7 +98,10 @@ def _column(source: Any, wanted: str | None) -> list[tuple[str, ...]]:
         expected = f"'{wanted}'" if wanted else f"one of {', '.join(TEXT_KEYS)}, or data.caption_column=NAME"
         near = did_you_mean(wanted, columns) if wanted else ""
         raise UserError(f"{source.place}: no caption column; found {', '.join(columns)}, expected {expected}{near}")
-    return [_texts(value, f"{source.place} row {row}: column '{name}'") for row, value in enumerate(source.table[name])]
+    return [
+        caption_texts(value, f"{source.place} row {row}: column '{name}'")
+        for row, value in enumerate(source.table[name])
+    ]
 
 
 def _file_split(folder: Path, captions: str | None) -> Captioned:
@@ -106,27 +109,51 @@ def _file_split(folder: Path, captions: str | None) -> Captioned:
     if file is None or not file.is_file():
         wanted = captions or " or ".join(CAPTION_FILES[:2])
         raise UserError(f"{folder}: no captions file; expected {wanted} there, or data.captions=NAME")
-    root, found = folder.resolve(), {}
-    for line, row in _rows(file):
-        place = f"{file} line {line}"
-        name = _entry(row, FILE_KEYS, place)
-        path = folder / str(name)
-        if not path.resolve().is_relative_to(root):
-            raise UserError(f"{place}: path '{name}' leaves the data folder {folder}")
-        if not path.is_file():
-            raise UserError(f"{place}: no image '{name}' in {folder}")
-        found[path] = found.get(path, ()) + _texts(_entry(row, TEXT_KEYS, place), place)
-    if not found:
-        raise UserError(f"{file}: empty; expected one line for each image")
     images = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-    if without := [p for p in images if p not in found]:
-        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
-        raise UserError(f"{without[0]}: image without a caption in {file.name}{more}; expected a line for each image")
+    found = captions_of(file, folder, images, "image")
     files = sorted(found)
     return Captioned(FileSource(folder, files, None, []), [found[path] for path in files])
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def captions_of(
+    file: Path, folder: Path, items: Sequence[Path], kind: Literal["image", "video"]
+) -> dict[Path, tuple[str, ...]]:
+    """Captions by path, from a captions file; further lines of an item are further captions.
+
+    Args:
+        file: JSON lines or CSV.
+        folder: that the names in it start from.
+        items: all files (or folders) that need a caption.
+        kind: word for messages.
+
+    Raises:
+        UserError: an empty file, a line that names no such item or leaves the folder, or an item without a line.
+    """
+    known, found = set(items), {}
+    for line, row in read_rows(file):
+        place = f"{file} line {line}"
+        name = entry_of(row, FILE_KEYS, place)
+        path = folder / str(name)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{place}: path '{name}' leaves the data folder {folder}")
+        if path not in known and not path.is_file():
+            near = did_you_mean(str(name), [str(item.relative_to(folder)) for item in items])
+            raise UserError(f"{place}: no {kind} '{name}' in {folder}{near}")
+        found[path] = found.get(path, ()) + caption_texts(entry_of(row, TEXT_KEYS, place), place)
+    if not found:
+        raise UserError(f"{file}: empty; expected one line for each {kind}")
+    if without := [p for p in items if p not in found]:
+        more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
+        raise UserError(f"{without[0]}: {kind} without a caption in {file.name}{more}; expected a line for each {kind}")
+    return found
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, entries) of JSON lines or of a CSV file with a header.
+
+    Raises:
+        UserError: a line that is no JSON object.
+    """
     with open(file, encoding="utf-8-sig", newline="") as lines:
         if file.suffix.lower() == ".csv":
             for row in (reader := csv.DictReader(lines)):
@@ -144,7 +171,12 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _entry(row: dict[str, Any], keys: Sequence[str], place: str) -> Any:
+def entry_of(row: dict[str, Any], keys: Sequence[str], place: str) -> Any:
+    """The first entry of `row` that has one of the names `keys`.
+
+    Raises:
+        UserError: none has; `place` starts the line.
+    """
     for key in keys:
         if row.get(key) is not None:
             return row[key]
@@ -152,7 +184,12 @@ def _entry(row: dict[str, Any], keys: Sequence[str], place: str) -> Any:
     raise UserError(f"{place}: no '{keys[0]}'; found {found or 'nothing'}, expected one of {', '.join(keys)}")
 
 
-def _texts(value: Any, place: str) -> tuple[str, ...]:
+def caption_texts(value: Any, place: str) -> tuple[str, ...]:
+    """One caption or several.
+
+    Raises:
+        UserError: something else, or an empty one; `place` starts the line.
+    """
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{place}: found {value!r:.60}, expected a caption, or a list of captions, that is not empty")
@@ -213,7 +250,7 @@ def _sidecars(shard: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple
     except ValueError as error:
         raise UserError(f"{place}: its .json or .cls cannot be read ({error})") from None
     if ".txt" in parts:
-        return _texts(read(".txt").strip(), f"{place}.txt"), label
+        return caption_texts(read(".txt").strip(), f"{place}.txt"), label
     if not meta:
         raise UserError(f"{place}: image without a caption; found {', '.join(parts)}, expected .txt or .json")
-    return _texts(_entry(meta, TEXT_KEYS, f"{place}.json"), f"{place}.json"), label
+    return caption_texts(entry_of(meta, TEXT_KEYS, f"{place}.json"), f"{place}.json"), label

@@ -59,7 +59,7 @@ class FileSource:
         return Image.open(self.files[row])
 
     def content(self) -> str:
-        return _digest(self.root, self.files)
+        return digest_files(self.root, self.files)
 
 
 class TableSource:
@@ -93,9 +93,9 @@ class TableSource:
         return Image.open(self._inside(cell["path"], row))
 
     def content(self) -> str:
-        return (
-            self.table._fingerprint if self.root is None else _digest(self.root, sorted(self.root.rglob("*.parquet")))
-        )
+        if self.root is None:
+            return self.table._fingerprint
+        return digest_files(self.root, sorted(self.root.rglob("*.parquet")))
 
     def _inside(self, path: str, row: int) -> Path:
         if self.root is None:
@@ -278,7 +278,7 @@ def _with_train(found: dict[str, Any], place: str, names: list[str]) -> dict[str
     return found
 
 
-def _digest(root: Path, files: Sequence[Path]) -> str:
+def digest_files(root: Path, files: Sequence[Path]) -> str:
     """Names and sizes, with the content of small sets and the times of change of large ones."""
     stats = [file.stat() for file in files]
     whole = sum(s.st_size for s in stats) <= HASHED_WHOLE
