@@ -1,4 +1,4 @@
-"""Bits per dimension of a density model on held-out images."""
+"""Bits per dimension of a density model on held-out images or videos."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.callbacks.generation import EvaluationCallback
 from penstock.lightning_modules.callbacks.ranks import rank_and_world
+from penstock.lightning_modules.callbacks.reference import data_of
 from penstock.lightning_modules.errors import UserError
 
 
@@ -19,7 +20,7 @@ class BitsPerDim(EvaluationCallback):
     something for a model trained on dequantised images (`data.dequantise=true`).
 
     Args:
-        n: Images, the first ones of the split.
+        n: Images or videos, the first ones of the split.
         split: Split they come from.
         every_n_validations: 0 = only after training, in `validate` and `test`.
 
@@ -51,7 +52,7 @@ class BitsPerDim(EvaluationCallback):
             rest = quota - int(total[1])
             if rest <= 0:
                 break
-            image, index = batch["image"][:rest].to(pl_module.device), batch["index"][:rest].to(pl_module.device)
+            image, index = data_of(batch)[:rest].to(pl_module.device), batch["index"][:rest].to(pl_module.device)
             level = ((image + 1) / 2 * (levels - 1)).round()
             x = 2 * (level + Draws(0, 0, index).uniform("dequantise", image.shape[1:])) / levels - 1
             cond = {"cond": batch["label"][:rest].to(pl_module.device)} if conditional else {}

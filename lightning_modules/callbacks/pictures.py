@@ -7,6 +7,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor, uint8
+from torchvision.utils import make_grid
+
+TILE = 64
 
 
 def keep_picture(trainer: pl.Trainer, picture: Image.Image, name: str, tag: str) -> None:
@@ -22,6 +26,14 @@ def keep_picture(trainer: pl.Trainer, picture: Image.Image, name: str, tag: str)
             logger.log_image(tag, [picture], step=trainer.global_step)
         elif hasattr(logger.experiment, "add_image"):
             logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+
+
+def tiled(images: Tensor, cols: int) -> Tensor:
+    """Images `(n, 1 or 3, H, W)` in [-1, 1] side by side, uint8 `(3, H', W')`; small ones enlarged, unsmoothed."""
+    factor = max(1, TILE // max(images.shape[-2:]))
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(uint8)
+    pixels = pixels.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+    return make_grid(pixels, nrow=cols, padding=2)
 
 
 def rendered(figure: Figure) -> Image.Image:

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from penstock.lightning_modules.callbacks.samples import draw
+from penstock.lightning_modules.callbacks.samples import SHEET, draw
+from penstock.lightning_modules.callbacks.video_samples import save_clips
 
 
 class Predictions(BasePredictionWriter):
@@ -20,7 +21,8 @@ class Predictions(BasePredictionWriter):
     stays bounded: nothing is collected.
 
     Args:
-        pictures: Batches that are also drawn, `predictions/rank<r>_<batch>.png`, if they hold images or points.
+        pictures: Batches that are also drawn, `predictions/rank<r>_<batch>.png`, if they hold images,
+            videos (with a GIF beside it) or points.
     """
 
     def __init__(self, pictures: int = 1):
@@ -46,10 +48,14 @@ class Predictions(BasePredictionWriter):
         tensors = {key: value.detach().cpu().contiguous() for key, value in prediction.items()}
         save_file(tensors, folder / f"{name}.safetensors")
         if batch_idx < self.pictures:
-            drawn = [tensors[key] for key in ("source", "image", "points") if key in tensors]
+            drawn = [tensors[key] for key in ("source", "image", "video", "points") if key in tensors]
             labels = tensors.get("label")
             if drawn[-1].ndim == 4:
                 n = min(16, len(drawn[-1]))
                 draw(torch.cat([d[:n].float() for d in drawn]), n, None).save(folder / f"{name}.png")
+            elif drawn[-1].ndim == 5:
+                clips = drawn[-1][:SHEET].float()
+                draw(clips, 1, None).save(folder / f"{name}.png")
+                save_clips(clips, 4, folder / name)
             elif drawn[-1].ndim == 2 and drawn[-1].shape[1] == 2:
                 draw(drawn[-1].float(), 1, labels).save(folder / f"{name}.png")

@@ -1,4 +1,4 @@
-"""`penstock sample ckpt_path=... n=64 steps=4`: pictures, the raw tensor, and the time a sample takes."""
+"""`penstock sample ckpt_path=... n=64 steps=4`: pictures or clips, the raw tensor, and the time a sample takes."""
 
 import inspect
 import json
@@ -121,11 +121,15 @@ def _labels(text: str | None, n: int, model: Any, device: Any) -> Any:
 
 
 def write_samples(samples: Any, labels: Any, out: Path) -> None:
-    """`samples.safetensors` (and labels), and `grid.png` for images or points."""
+    """`samples.safetensors` (and labels), and `grid.png`; of videos also `grid.gif` (and `grid.mp4`)."""
     from safetensors.torch import save
 
     from penstock.lightning_modules.callbacks.samples import draw
+    from penstock.lightning_modules.callbacks.video_samples import save_clips
 
     tensors = {"samples": samples.contiguous()} | ({} if labels is None else {"labels": labels.cpu()})
     (out / "samples.safetensors").write_bytes(save(tensors))
-    draw(samples.float(), round(len(samples) ** 0.5), labels).save(out / "grid.png")
+    cols = round(len(samples) ** 0.5)
+    draw(samples.float(), cols, labels).save(out / "grid.png")
+    if samples.ndim == 5:
+        save_clips(samples, cols, out / "grid")
