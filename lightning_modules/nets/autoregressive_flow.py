@@ -235,7 +235,7 @@ class AutoregressiveFlow(nn.Module):
         guidance = guidance if self.guided(i) else None
         laws = Decoder(block, own, len(z), cond, weak, guidance, temperature, dtype)
         first, rest = block.split(z)
-        if known is not None and block.sos_embed is None:
+        if known is not None and known.shape[1] and block.sos_embed is None:
             first, known = block.split(known)
         x, trace = inverse(laws, first, rest, own[1] * own[2], known, told)
         x = x if block.sos_embed is not None else torch.cat([first, x], 1)

@@ -182,6 +182,7 @@ def test_known_frames_without_a_start_token():
     blocks = [AutoregressiveBlock(3, 64, 1, rotary, start_token=False, layer=plain(32)) for _ in range(2)]
     net, x = random_weights(AutoregressiveFlow(blocks, CLIP)), normal(2, *CLIP)
     z = encoded(net, x)
+    assert largest(decoded(net, z, Sequential(), known=shallow(net, x)[:, :0]) - x) < 1e-5
     z[:, 0] = 7.0
     assert largest(decoded(net, z, Sequential(), known=shallow(net, x)[:, :1]) - x) < 1e-5
 

@@ -86,13 +86,17 @@ def random_tarflow(shape=(3, 4, 6), classes=3):
     return net
 
 
+def normal(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def test_samples_undo_the_flow():
-    net, x, label = random_tarflow(), torch.randn(2, 3, 4, 6), torch.tensor([0, -1])
+    net, x, label = random_tarflow(), normal(2, 3, 4, 6), torch.tensor([0, -1])
     torch.testing.assert_close(sample(net, net(x, label).z.detach(), label), x, rtol=0, atol=1e-5)
 
 
 def test_a_patch_has_its_channel_slowest():
-    net, x = random_tarflow(), torch.randn(2, 3, 4, 6)
+    net, x = random_tarflow(), normal(2, 3, 4, 6)
     tokens, grid = net.tokens(x)
     assert grid == (1, 2, 3)
     assert torch.equal(tokens[:, 0, 1 * 3 + 2], x[:, :, 2:4, 4:6].flatten(1))
@@ -100,15 +104,24 @@ def test_a_patch_has_its_channel_slowest():
 
 
 def test_the_first_token_read_stays_as_it_is():
-    net, x = random_tarflow(), torch.randn(2, 3, 4, 6)
+    net, x = random_tarflow(), normal(2, 3, 4, 6)
     states = net(x).states
     assert torch.equal(states[1][:, 0, 0], states[0][:, 0, 0])
     assert torch.equal(states[2][:, 0, -1], states[1][:, 0, -1])
     assert not torch.equal(states[2][:, 0, 0], states[1][:, 0, 0])
 
 
+def test_the_prior_follows_the_noise():
+    net, z = random_tarflow(), normal(500, 3, 4, 6) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    assert torch.equal(net.prior(z), z)
+    for _ in range(60):
+        net.update_prior(z)
+    spread = net.prior(normal(500, 3, 4, 6, seed=2)).std((0, 2, 3))
+    assert spread.tolist() == pytest.approx([1, 2, 3], rel=0.03)
+
+
 def test_a_dropped_label_is_the_mean_of_all():
-    net, x = random_tarflow(), torch.randn(3, 3, 4, 6)
+    net, x = random_tarflow(), normal(3, 3, 4, 6)
     label, mask = torch.tensor([0, 1, 2]), torch.tensor([True, False, True])
     dropped = net.drop_condition(label, mask)
     assert dropped.tolist() == [-1, 1, -1]
