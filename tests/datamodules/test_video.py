@@ -451,6 +451,18 @@ def test_real_files_after_a_jump_are_as_read_in_order():
         assert torch.equal(near, whole[[0, last - 10]])
 
 
+@pytest.mark.parametrize("ending", ["mp4", "webm", "mov"])
+def test_files_of_every_ending(ending, tmp_path):
+    real_decoder()
+    encoders = pytest.importorskip("torchcodec.encoders")
+    ramp = torch.stack([torch.full((3, 64, 64), int(grey), dtype=torch.uint8) for grey in GREYS[::2]])
+    encoders.VideoEncoder(ramp, frame_rate=10).to_file(str(tmp_path / f"a.{ending}"))
+    found = clips(ready(tmp_path, size=64, frames=6, fps=5))
+    assert [(text, [n // 2 for n in clip]) for text, clip in found] == [("a", [0, 2, 4, 6, 8, 10])]
+    (tmp_path / f"a.{ending}").write_bytes((tmp_path / f"a.{ending}").read_bytes()[:200])
+    says(rf"a\.{ending}: cannot read the video \(RuntimeError: .*\); expected a complete file", tmp_path)
+
+
 def test_a_real_gif_is_what_ffmpeg_reads():
     decoder = real_decoder()
     ours, theirs = open_video(REAL / "newtonscradle.gif"), decoder(str(REAL / "newtonscradle.gif"))
