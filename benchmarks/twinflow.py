@@ -29,17 +29,19 @@ from penstock.lightning_modules.flow.losses import SquaredError
 from penstock.lightning_modules.nets.unet import UNet
 from penstock.lightning_modules.twinflow import TwinFlow
 
-NO_TWIN = ["model.shares.adv=0", "model.rectify=0"]
+PLAIN = ["model.enhanced_ratio=0"]
+NO_TWIN = [*PLAIN, "model.shares.adv=0", "model.rectify=0"]
 MATCHING = ["order=0", "consistency=0", "shares.e2e=0", "shares.any=0", "ema_decay=0", "sampler.style=mul"]
 SHORTCUT = ["first_step=0", "near=0", "shares.mul=3", f"loss.class_path={SquaredError.__module__}.SquaredError"]
 RECIPES = {
     "flow_matching": ("flow matching", [*NO_TWIN, *(f"model.{word}" for word in [*MATCHING, "sampler.noise=0"])]),
     "rcgm": ("any-step (RCGM, order 2)", NO_TWIN),
     "shortcut": ("shortcut model", [*NO_TWIN, *(f"model.{word}" for word in SHORTCUT)]),
-    "adversarial": ("with the adversarial loss, without the rectification", ["model.rectify=0"]),
-    "twinflow": ("TwinFlow", []),
+    "adversarial": ("with the adversarial loss, without the rectification", [*PLAIN, "model.rectify=0"]),
+    "twinflow": ("TwinFlow", PLAIN),
+    "mild": ("TwinFlow, guidance of scale 1.05", ["model.enhanced_ratio=0.05"]),
     "guided": ("TwinFlow, guidance of scale 2", ["model.enhanced_ratio=0.5"]),
-    "tuned": ("TwinFlow, fine-tuned from a trained flow", []),
+    "tuned": ("TwinFlow, fine-tuned from a trained flow", PLAIN),
 }
 ONLY_MUL = Shares(e2e=0.0, mul=1.0, any=0.0, adv=0.0)
 NO_ADV = Shares(adv=0.0)

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.bellman import sampling_grid
-from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights, raw_weights
-from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow import likelihood
 from penstock.lightning_modules.flow.grids import compressed, uniform
 from penstock.lightning_modules.flow.guidance import Guided
@@ -19,6 +17,7 @@ from penstock.lightning_modules.flow.paths import Linear, Path
 from penstock.lightning_modules.flow.solvers import RK45, Euler, Heun, Midpoint, Solution, Solver, Velocity
 from penstock.lightning_modules.seeds import run_seed
 from penstock.lightning_modules.steps import Bellman, parse_steps
+from penstock.lightning_modules.training import check_data, log_mean, net_weights, optimizers, start_from_initial
 
 Key = Literal["image", "points", "video", "latent"]
 
@@ -87,13 +86,7 @@ class FlowModule(LightningModule):
         Raises:
             UserError: the key of the model, what was found and what is expected.
         """
-        shape, classes = tuple(getattr(data, "shape", self.net.shape)), getattr(data, "num_classes", 0)
-        if shape != tuple(self.net.shape):
-            raise UserError(f"model.net.shape: found {tuple(self.net.shape)}, expected {shape}, the data's shape")
-        if self.num_classes not in (0, classes):
-            raise UserError(
-                f"model.net.num_classes: found {self.num_classes}, expected 0 or {classes}, the data's classes"
-            )
+        check_data(self.net, self.num_classes, data)
 
     def precheck(self, data: Any) -> None:
         """Called before `data` is prepared, which may take long: refuses early what `setup` would refuse later.
@@ -101,21 +94,16 @@ class FlowModule(LightningModule):
         Raises:
             UserError: what is found and what is expected.
         """
-        self._start_from_initial()
+        start_from_initial(self)
 
     def setup(self, stage: str) -> None:
         self.fits(self.trainer.datamodule)
         if stage == "fit":
-            self._start_from_initial()
-
-    def _start_from_initial(self) -> None:
-        if self.initial:
-            own = self.initial_weights(raw_weights(load_checkpoint(self.initial)))
-            load_weights(self.net, {"state_dict": own}, f"model.initial={self.initial}")
+            start_from_initial(self)
 
     def initial_weights(self, state: dict[str, Any]) -> dict[str, Any]:
         """The network's weights under its own names, from the state of the module that training starts from."""
-        return {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
+        return net_weights(state)
 
     def condition(self, batch: dict[str, Tensor]) -> Tensor | None:
         """What the network is conditioned on, or None."""
@@ -128,23 +116,14 @@ class FlowModule(LightningModule):
             self.log("train/loss", loss.detach(), batch_size=len(losses))
         return loss
 
-    def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:
-        """Logs the mean over samples. Lightning averages the ranks' sizes as integers, which the factor keeps exact."""
-        losses = self.losses(batch, Draws(0, 0, batch["index"]))
-        weight = len(losses) * self.trainer.world_size
-        self.log(name, losses.mean(), batch_size=weight, on_epoch=True, sync_dist=True)
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val/loss", batch)
+        log_mean(self, "val/loss", self.losses(batch, Draws(0, 0, batch["index"])))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test/loss", batch)
+        log_mean(self, "test/loss", self.losses(batch, Draws(0, 0, batch["index"])))
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return optimizers(self)
 
     # ------------------------------------------------------------------ sampling
 

@@ -73,8 +73,15 @@ class Prompted:
         return self.features(found, device)
 
     def data(self, batch: dict[str, Any], draws: Draws, shape: tuple[int, ...]) -> Tensor:
-        """The batch in the flow's space `(B, *shape)`: its `latent`, or its `image` encoded with noise from `draws`."""
+        """The batch in the flow's space `(B, *shape)`: its `latent`, or its pictures encoded with noise from `draws`.
+
+        Raises:
+            UserError: a batch without `latent`, `image` and `video`.
+        """
         if "latent" in batch:
             return batch["latent"]
+        pictures = batch.get("video", batch.get("image"))
+        if pictures is None:
+            raise UserError(f"data: batches have {', '.join(sorted(batch))}; expected image, video or latent")
         noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
-        return self.autoencoder.encode(batch["image"], noise)
+        return self.autoencoder.encode(pictures, noise)
