@@ -105,3 +105,8 @@ class FlowDenoiser(nn.Module):
         released, size = self.sight == "every_layer", grid[1] * grid[2]
         ahead = (self.ahead, self.ahead if released else 0)
         return [frame_mask(grid[0], size, text, a, self.window, released) for a in ahead]
+
+
+def starflow_v_7b_denoiser(channels: int = 48, text_dim: int = 2048, sight: Sight = "every_layer") -> FlowDenoiser:
+    """The denoiser of the released STARFlow-V (arXiv 2511.20462): 912,884,784 parameters."""
+    return FlowDenoiser(channels, 3072, 8, 64, text_dim, 32.0, 10, sight)

@@ -127,3 +127,18 @@ def plain(head_dim: int) -> Callable[[int], Layer]:
 
 def _gemma(**sizes: Any) -> Callable[[int], Layer]:
     return lambda dim: gemma_layer(dim, **sizes)
+
+
+def starflow_xl(shape: Sequence[int] = (4, 32, 32), num_classes: int = 1000) -> STARFlow:
+    """STARFlow XL for ImageNet (arXiv 2506.06276): 1,412,255,816 parameters with 1000 classes."""
+    return STARFlow(shape, 2048, (2, 2, 2, 2, 2, 18), num_classes=num_classes, side=32)
+
+
+def starflow_xxl(shape: Sequence[int] = (4, 32, 32), text_dim: int = 2048) -> STARFlow:
+    """STARFlow XXL, text to image, the released "3B" (arXiv 2506.06276): 3,858,281,544 parameters."""
+    return STARFlow(shape, 3072, (2, 2, 2, 2, 2, 24), text_dim=text_dim, side=32)
+
+
+def starflow_v_7b(shape: Sequence[int] = (21, 48, 30, 53), text_dim: int = 2048) -> STARFlow:
+    """STARFlow-V, the released "7B" without its denoiser (arXiv 2511.20462): 5,977,211,744 parameters."""
+    return STARFlow(shape, 3072, (2, 2, 2, 2, 2, 24), 4096, text_dim=text_dim, side=32)

@@ -122,3 +122,18 @@ class TARFlow(AutoregressiveFlow):
         """Unit noise `(B, C, H, W)` with the prior's variances."""
         tokens, grid = self.tokens(noise)
         return self.untokens(tokens * self.var.sqrt(), grid, False)
+
+
+def tarflow_afhq(num_classes: int = 3) -> TARFlow:
+    """TARFlow for AFHQ at 256 px (arXiv 2412.06329): patches of 8, width 768, 8 blocks of 8 layers."""
+    return TARFlow((3, 256, 256), 8, 768, 8, 8, num_classes)
+
+
+def tarflow_imagenet64(num_classes: int = 1000) -> TARFlow:
+    """TARFlow for ImageNet at 64 px (arXiv 2412.06329), or with 0 classes the unconditional one."""
+    return TARFlow((3, 64, 64), 2, 768, 8, 8, num_classes)
+
+
+def tarflow_imagenet128(num_classes: int = 1000) -> TARFlow:
+    """TARFlow for ImageNet at 128 px (arXiv 2412.06329): patches of 4, width 1024."""
+    return TARFlow((3, 128, 128), 4, 1024, 8, 8, num_classes)

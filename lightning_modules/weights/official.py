@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from penstock.lightning_modules.errors import UserError
 
 
-def read(path: Path, expected: str) -> Any:
+def read(path: Path, expected: str, mmap: bool = False) -> Any:
     """The content of a file of `torch.save`; only tensors and plain containers are read, no code is run.
+
+    Args:
+        path: The file.
+        expected: What it should be, in words.
+        mmap: Whether tensors stay in the file until they are used.
 
     Raises:
         UserError: the file is absent (the message says what was `expected`), cut short, or holds other objects.
@@ -20,7 +25,7 @@ def read(path: Path, expected: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected {expected}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds objects other than tensors, or is damaged; refused ({_first(error)})"
