@@ -69,7 +69,7 @@ def recipes(given: Any) -> None:
     for recipe in given.recipes:
         name, words = RECIPES[recipe]
         found, tuned = [], recipe == "tuned"
-        for seed in given.seeds:
+        for seed in given.seeds[: 1 if recipe in given.once else None]:
             run = given.work.resolve() / f"{given.suffix}_{recipe}_seed{seed}"
             experiment = f"twinflow_{given.suffix}" + ("_tuned" if tuned else "")
             start = [f"teacher={given.teacher.resolve()}"] if given.teacher and tuned else []
@@ -184,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--data", type=Path, help="folder of the data set, where it is not embedded")
     options.add_argument("--weights", type=Path, help="MobileNetV2's weights: distances on its features alone")
     options.add_argument("--seeds", type=int, nargs="+", help="--seed by default")
+    options.add_argument(
+        "--once", nargs="+", choices=[*RECIPES], default=[], help="rows that take the first seed alone"
+    )
     options.add_argument("--work", type=Path, default=Path("runs/twinflow"), help="folder that keeps the runs")
     options.add_argument("--word", action="append", default=[], help="a further word for penstock fit")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of the cost")

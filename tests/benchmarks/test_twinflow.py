@@ -22,9 +22,11 @@ def test_recipes(tmp_path, make_teacher):
     tiny += ["callbacks.metrics.n=20", "callbacks.samples=null", "trainer.accelerator=cpu"]
     tiny += ["callbacks.checkpoint.every_n_epochs=1"]
     words = [f"--word={word}" for word in tiny] + ["--teacher", str(make_teacher()), "--threads", "1"]
+    words += ["--seeds", "0", "1", "--recipes", "rcgm", "twinflow", "tuned", "--once", "twinflow", "tuned"]
     for _ in range(2):
         twinflow.main(["--parts", "recipes", "--work", str(tmp_path / "work"), "--out", str(tmp_path), *words])
     rows = json.loads((tmp_path / "twinflow_digits.json").read_text())["rows"]
-    assert len(rows) == 7
+    assert [row["seeds"] for row in rows] == [2, 1, 1]
+    assert "±" in rows[0]["fd_pixels/1"]
     assert all({"fd_pixels/1", "fd_pixels/4", "label_accuracy/1"} <= row.keys() for row in rows)
     assert (tmp_path / "twinflow_digits.png").stat().st_size > 1000
