@@ -99,6 +99,7 @@ def test_official_euler_samples(steps):
     assert flow.nfe == steps
 
 
+@pytest.mark.slow
 def test_official_adaptive_samples_and_their_inverse():
     net, tensors = golden("04_sampling.safetensors")
     flow = RectifiedFlow(net, ADAM, solver=RK45(backend="scipy"))
