@@ -80,7 +80,8 @@ def recipes(given: Any) -> None:
         values[name] = found
         scores = [k for k in found[0] if k.startswith(("fd_", "label_accuracy/")) and k.rpartition("/")[2].isdigit()]
         row = {"recipe": name} | {key: spread([each[key] for each in found]) for key in sorted(scores)}
-        rows.append(row | {"training, s": round(fmean(each["train_seconds"] for each in found)), "seeds": len(found)})
+        used = [each["cpu_seconds"] for each in found if "cpu_seconds" in each]
+        rows.append(row | {"CPU, s": round(fmean(used)) if used else None, "seeds": len(found)})
         drawn.append({"name": name, "metrics": {key: fmean(each[key] for each in found) for key in scores}})
     called = f"twinflow_{given.suffix}"
     title = f"TwinFlow on {given.suffix}: distances and accuracy by network calls a sample"
