@@ -118,7 +118,7 @@ class BOSS(FlowModule):
         velocity = compressed(Guided(self.net, self.condition(batch)), self.eps)
         return straightening_loss(velocity, x, y, t, s)
 
-    def _evaluate(self, name: str, batch: dict[str, Tensor]) -> None:
+    def score(self, name: str, batch: dict[str, Tensor]) -> None:
         """Logs `<name>_interval_<r>`, the loss of each segment over all samples, and `name`, their mean."""
         size, device = batch["states"].shape[0], batch["states"].device
         losses = [self.segment_losses(batch, torch.full((size,), r, device=device)).mean() for r in range(self.k)]

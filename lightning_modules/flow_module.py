@@ -116,11 +116,15 @@ class FlowModule(LightningModule):
             self.log("train/loss", loss.detach(), batch_size=len(losses))
         return loss
 
+    def score(self, name: str, batch: dict[str, Tensor]) -> None:
+        """Logs the loss of a batch of validation or test under a name."""
+        log_mean(self, name, self.losses(batch, Draws(0, 0, batch["index"])))
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        log_mean(self, "val/loss", self.losses(batch, Draws(0, 0, batch["index"])))
+        self.score("val/loss", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        log_mean(self, "test/loss", self.losses(batch, Draws(0, 0, batch["index"])))
+        self.score("test/loss", batch)
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)

@@ -1,6 +1,7 @@
 """TwinFlow: "Realizing One-step Generation on Large Models with Self-adversarial Flows" (arXiv 2512.05150)."""
 
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -46,9 +47,10 @@ class TwinFlow(FlowModule):
     data, the one-step samples move by that difference (rectification, eqs. 9 to 11): `u(x_0, 0, 1)` is drawn to
     `u - clamp(u_twin - u_real, -1, 1)`, both on samples with fresh noise.
 
-    Order 0 is flow matching (only `mul` and `adv` count); shares of 0 leave a block out: without `adv` and with
-    `rectify=0` this is RCGM; `order=1` with `one` alone a consistency model, with `any` alone MeanFlow's condition;
-    `first_step=0 near=0` with `mul` and `any` a shortcut model.
+    Order 0 is flow matching: only `mul` and `adv` count; exactly so with `consistency=0`, and it is sampled with
+    `sampler.style=mul sampler.noise=0`. Shares of 0 leave a block out: without `adv` and with `rectify=0` this is RCGM;
+    `order=1` with `one` alone a consistency model, with `any` alone MeanFlow's condition; `first_step=0 near=0` with
+    `mul` and `any` a shortcut model.
 
     Args:
         net: `net(x, t, cond)`, which gets a second time embedding, or `net(x, t, cond, r)`.
@@ -60,7 +62,7 @@ class TwinFlow(FlowModule):
         order: N, the steps of the target's chain.
         first_step: D, how far the chain follows the data's velocity first, in [0, 1); 0 leaves that out.
         near: How far `mul` reaches at most, as a share of the way to 1, in [0, 1]; 0 is flow matching.
-        consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only.
+        consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only, and at 0 all is flow matching.
         shares: Relative sizes of the blocks.
         rectify: Weight of the rectification; 0 leaves it out.
         enhanced_ratio: w, guidance that the weights learn: `v + w (u_c - u_e)`, a scale of `1 / (1 - w)`.
@@ -125,6 +127,11 @@ class TwinFlow(FlowModule):
                 raise ValueError(f"{name}={value}: expected a number in [0, 1]")
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout={condition_dropout}: expected a share in [0, 1]")
+        for name, value in (("rectify", rectify), ("enhanced_ratio", enhanced_ratio)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: expected a number of 0 or more")
+        if lora_rank and not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={lora_alpha}: expected a number above 0")
         if enhanced_ratio >= 1 > ema_decay:
             raise ValueError(
                 f"enhanced_ratio={enhanced_ratio}: expected below 1 (a scale of 1 / (1 - ratio)), or ema_decay=1.0, "
@@ -167,6 +174,10 @@ class TwinFlow(FlowModule):
             raise UserError(
                 "model.net: has no times of a twin, those in (1, 2] are the data's own; expected model.shares.adv=0 "
                 "model.rectify=0"
+            )
+        if self.rectify and not shares.adv:
+            raise UserError(
+                f"model.rectify: found {self.rectify}, expected 0 where model.shares.adv is 0: no twin learns"
             )
         least = max(4, shares.number)
         if size is not None and size // ranks < least:
@@ -274,7 +285,7 @@ class TwinFlow(FlowModule):
         Raises:
             ValueError: a time outside of [0, 1], or r before t.
         """
-        if bool((r < t).any()) or bool((t < 0).any()) or bool((r > 1).any()):
+        if not bool(((t >= 0) & (r >= t) & (r <= 1)).all()):
             raise ValueError("jump: expected 0 <= t <= r <= 1 in every row (t = 0 noise, t = 1 data)")
         return x + (r - t).reshape(-1, *[1] * (x.ndim - 1)) * self.net(x, t, cond, r)
 

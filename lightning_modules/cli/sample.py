@@ -69,6 +69,8 @@ def run_sample(words: list[str]) -> int:
     for key, value in extra.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={given[key]}: expected a finite number")
+    if "prompt" in extra and "labels" in options:
+        raise UserError(f"prompt={extra['prompt']} and labels={options['labels']}: expected one of them")
     device = torch.device(usable_device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")))
     model = model.to(device).eval()
     cond = _labels(options.get("labels"), options["n"], model, device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from penstock.lightning_modules.flow.any_step import STEP, mix, rcgm_target, time_weight
+from penstock.lightning_modules.flow.any_step import STEP, mix, noise_share, rcgm_target, time_weight
 from penstock.lightning_modules.flow.blocks import Shares
 from penstock.lightning_modules.flow.losses import FlowLoss, Regression
 
@@ -86,13 +86,14 @@ class TwinObjective:
     """Any-step, adversarial and rectification losses of one batch; the network is called `net(x, t, cond, r)`.
 
     The online network sees the batch once with gradient. Without: the samples of `adv` (a call for each of their rows),
-    guidance (two for each row of `mul`, `any` and `one`), the chain of the any-step target (`order` for each real row),
-    and the gap (two for each row of `e2e`, whose samples come from the call with gradient).
+    the data where no images are used (one for each other row), guidance (two for each row of `mul`, `any` and `one`),
+    the chain of the any-step target (`order` for each real row), and the gap (two for each row of `e2e`, whose samples
+    come from the call with gradient).
 
     Args:
         loss: What a prediction costs.
         order: N, the steps of the target's chain; 0 is flow matching.
-        consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only.
+        consistency: How far `any` reaches, in [0, 1]; the rectification acts at 1 only, and at 0 all is flow matching.
         shares: Relative sizes of the blocks.
         rectified: Whether the rectification is wanted.
         enhanced_ratio: w of `v + w (u_c - u_e)`.
@@ -142,7 +143,8 @@ class TwinObjective:
         t, r = self.times(d, rows)
         with untracked():
             if d.free_noise is not None:
-                x1 = one_step(net, d.free_noise, cond)
+                own = one_step(net, d.free_noise[real], _rows(cond, real))
+                x1 = torch.cat([own, x1[adv]])
             if adv.start < adv.stop:
                 x1 = torch.cat([x1[real], one_step(net, d.adv_noise, _rows(cond, adv))])
             x_t, velocity = mix(d.noise, x1, t), x1 - d.noise
@@ -156,7 +158,7 @@ class TwinObjective:
                     found = self.guided(net, velocity[guided], x_t[guided], t[guided], cond[guided], weak)
                 velocity = torch.cat([velocity[: e2e.stop], found, velocity[real.stop :]])
             target = velocity
-            if self.order and self.consistency and real.stop > rows["mul"].stop - rows["mul"].start:
+            if self.order and self.consistency and real.stop:
                 with nullcontext() if self.frozen else reference():
                     found = rcgm_target(
                         _conditioned(net, _rows(cond, real)),
@@ -166,7 +168,7 @@ class TwinObjective:
                     )
                 target = torch.cat([found, velocity[adv]])
             weight = torch.cat([time_weight(t[real], r[real]), torch.ones_like(t[adv])])
-        base = self.loss(Regression(u, target, x_t, d.noise, x1, t)) * weight
+        base = self.loss(Regression(u, target, x_t, d.noise, x1, 1 - noise_share(t))) * weight
         if not (self.rectified and self.consistency == 1 and e2e.stop):
             return Terms(base, None, rows, u, target, velocity, None)
         jump = u[e2e]

@@ -1,6 +1,7 @@
 """TwinFlow's losses: fixed points in closed form, gradients, blocks, calls of the network, what is refused."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,21 @@ def test_order_0_is_flow_matching():
     assert terms.rectify is None
 
 
+def test_short_steps_alone_are_any_step_too_and_losses_get_times_of_the_data():
+    seen = {}
+
+    class Watching(SquaredError):
+        def __call__(self, regression):
+            seen["t"] = regression.t
+            return super().__call__(regression)
+
+    flow = model(unet(), shares=Shares(e2e=0.0, mul=1.0, any=0.0, adv=1.0), near=1.0, rectify=0.0, loss=Watching())
+    x1, cond = batch()
+    terms = flow.terms(x1, cond, flow.drawn(x1, draws(16)))
+    assert not torch.allclose(terms.target[terms.rows["mul"]], terms.velocity[terms.rows["mul"]])
+    assert bool(((seen["t"] >= 0) & (seen["t"] <= 1)).all())
+
+
 def test_image_free_training_reads_no_image():
     flow = model(unet(), image_free=True, ema_decay=1.0, enhanced_ratio=2.0)
     x1, cond = batch()
@@ -200,7 +216,7 @@ def test_image_free_training_reads_no_image():
         ({"enhanced_ratio": 0.5}, 16 + 4 + 2 * 12 + 2 * 4 + 2 * 8),
         ({"order": 3}, 16 + 4 + 3 * 12 + 2 * 4),
         ({"rectify": 0.0, "shares": Shares(adv=0.0), "order": 1}, 16 + 16),
-        ({"image_free": True}, 16 + 16 + 4 + 2 * 12 + 2 * 4),
+        ({"image_free": True}, 12 + 16 + 4 + 2 * 12 + 2 * 4),
         ({"order": 0, "consistency": 0.0, "shares": Shares(0.0, 1.0, 0.0, 0.0, 0.0)}, 16),
     ],
 )
@@ -307,6 +323,10 @@ def test_jump_and_samples():
         ({"first_step": 0.0, "order": 1}, "first_step=0: expected order=2 or more"),
         ({"consistency": 1.5}, "consistency=1.5"),
         ({"near": -0.1}, "near=-0.1"),
+        ({"rectify": -1.0}, "rectify=-1.0"),
+        ({"rectify": math.nan}, "rectify=nan"),
+        ({"enhanced_ratio": -0.5}, "enhanced_ratio=-0.5"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha=0.0"),
         ({"enhanced_ratio": 1.0}, r"enhanced_ratio=1.0: expected below 1 .*frozen teacher"),
         ({"enhanced_range": (0.7, 0.2)}, r"enhanced_range=\[0.7, 0.2\]"),
         ({"lora_rank": -1}, "rank -1"),
@@ -341,6 +361,8 @@ def test_predictions_belong_to_their_index():
         ({}, {"batch_size": 6}, "data.batch_size: found 6, expected at least 8, 4 on each rank"),
         ({"shares": Shares(one=1.0)}, {"batch_size": 8}, "expected at least 10, 5 on each rank"),
         ({"enhanced_ratio": 0.5}, {"num_classes": 0}, "model.net.num_classes: found 4"),
+        ({"shares": Shares(adv=0.0)}, {}, "model.rectify: found 0.5, expected 0"),
+        ({"shares": ONLY_E2E, "rectify": 0.0, "order": 0}, {}, "model.shares: found neither mul nor adv"),
     ],
 )
 def test_data_that_do_not_fit(options, data, line):
