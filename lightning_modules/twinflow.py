@@ -176,9 +176,9 @@ class TwinFlow(FlowModule):
                 "model.rectify=0"
             )
         if self.rectify and not shares.adv:
-            raise UserError(
-                f"model.rectify: found {self.rectify}, expected 0 where model.shares.adv is 0: no twin learns"
-            )
+            raise UserError(f"model.rectify: found {self.rectify}, expected 0 with model.shares.adv=0: no twin learns")
+        if not self.objective.order and not shares.mul + shares.adv:
+            raise UserError("model.shares: found neither mul nor adv, expected one: model.order=0 counts no other")
         least = max(4, shares.number)
         if size is not None and size // ranks < least:
             raise UserError(f"data.batch_size: found {size}, expected at least {least * ranks}, {least} on each rank")
