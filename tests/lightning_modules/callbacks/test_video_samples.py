@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -179,7 +180,15 @@ def test_other_rates_are_refused():
         SampleGrid(fps=0)
 
 
-@pytest.mark.usefixtures("no_torchcodec")
+@pytest.fixture
+def no_wandb_run():
+    """No run of W&B is open in this process, before and after."""
+    wandb.finish()
+    yield
+    wandb.finish()
+
+
+@pytest.mark.usefixtures("no_torchcodec", "no_wandb_run")
 def test_the_command_line_makes_clips(tmp_path, monkeypatch):
     (tmp_path / "clip_net.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
