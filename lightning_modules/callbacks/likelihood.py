@@ -1,14 +1,11 @@
 """Bits per dimension of a density model on held-out images or videos."""
 
-import math
-
 import lightning.pytorch as pl
 import torch
 
-from penstock.kernels.philox import Draws
+from penstock.lightning_modules.callbacks.density import bits_per_dim, check_density, evaluated, held_out
 from penstock.lightning_modules.callbacks.generation import EvaluationCallback
-from penstock.lightning_modules.callbacks.ranks import rank_and_world
-from penstock.lightning_modules.callbacks.reference import data_of
+from penstock.lightning_modules.callbacks.reference import Split
 from penstock.lightning_modules.errors import UserError
 
 
@@ -28,7 +25,7 @@ class BitsPerDim(EvaluationCallback):
         UserError: a module without `log_prob`, or data without grey levels.
     """
 
-    def __init__(self, n: int = 256, split: str = "test", every_n_validations: int = 0):
+    def __init__(self, n: int = 256, split: Split = "test", every_n_validations: int = 0):
         super().__init__(every_n_validations)
         if n < 1:
             raise UserError(f"n: {n} images given, expected at least 1")
@@ -36,30 +33,15 @@ class BitsPerDim(EvaluationCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not hasattr(pl_module, "log_prob"):
-            raise UserError(f"bits_per_dim: {type(pl_module).__name__} has no log_prob, expected a density model")
-        if not getattr(trainer.datamodule, "levels", 0):
-            raise UserError(f"bits_per_dim: {type(trainer.datamodule).__name__} has no grey levels, expected images")
+        check_density(trainer, pl_module, "bits_per_dim")
 
     def evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Each rank scores its share of the images."""
-        levels = trainer.datamodule.levels
-        _, world = rank_and_world()
-        quota = math.ceil(self.n / world)
+        """Each rank scores its share of the samples."""
         total = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
-        conditional = bool(getattr(pl_module, "num_classes", 0))
-        for batch in trainer.datamodule.reference_dataloader(self.split):
-            rest = quota - int(total[1])
-            if rest <= 0:
-                break
-            image, index = data_of(batch)[:rest].to(pl_module.device), batch["index"][:rest].to(pl_module.device)
-            level = ((image + 1) / 2 * (levels - 1)).round()
-            x = 2 * (level + Draws(0, 0, index).uniform("dequantise", image.shape[1:])) / levels - 1
-            cond = {"cond": batch["label"][:rest].to(pl_module.device)} if conditional else {}
+        for held in held_out(trainer, pl_module, self.split, self.n):
             generator = torch.Generator(pl_module.device).manual_seed(0)
-            with torch.inference_mode(False), torch.no_grad():
-                log_prob = pl_module.log_prob(x.clone(), generator=generator, **{k: v.clone() for k, v in cond.items()})
-            bits = -log_prob.double() / (x[0].numel() * math.log(2)) + math.log2(levels / 2)
-            total += torch.stack([bits.sum(), bits.new_tensor(len(x))])
+            log_prob = evaluated(pl_module.log_prob, held.x, held.cond, generator=generator)
+            bits = bits_per_dim(log_prob, held.x[0].numel(), trainer.datamodule.levels)
+            total += torch.stack([bits.sum(), bits.new_tensor(len(bits))])
         total = trainer.strategy.reduce(total, reduce_op="sum")
         pl_module.log("bits_per_dim", (total[0] / total[1]).float(), batch_size=1, sync_dist=True)
