@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from penstock.lightning_modules.errors import UserError
@@ -69,6 +69,8 @@ class FullyShard(ModelParallelStrategy):
         for net in networks(module):
             for part in (*blocks(net), net):
                 fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=self.free_after_forward)
+            for name in getattr(net, "forward_methods", ()):
+                register_fsdp_forward_method(net, name)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The complete state on rank 0, numbered as `optimizer.state_dict()` numbers it without shards."""

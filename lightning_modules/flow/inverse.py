@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Laws = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Told = Callable[[int, int], None]
+Agreed = Callable[[Tensor], Tensor]
 Start = Literal["noise", "zeros", "frame"]
 
 
@@ -46,7 +48,8 @@ class Inverse(Protocol):
         z: Tensor,
         frame: int,
         known: Tensor | None = None,
-        told: Callable[[int], None] | None = None,
+        told: Told | None = None,
+        agreed: Agreed | None = None,
     ) -> tuple[Tensor, Trace]:
         """Tokens `(B, D, C)` of noise `z`.
 
@@ -56,7 +59,8 @@ class Inverse(Protocol):
             z: Noise `(B, D, C)`.
             frame: Tokens of a frame.
             known: Tokens `(B, K, C)`, K <= D, that the sequence begins with, whatever their noise.
-            told: Gets the number of tokens whenever some are done.
+            told: Gets the number of tokens, and of the network calls they took, whenever some are done.
+            agreed: Makes of "this rank is done", a bool tensor, that all are, where ranks have to make the same calls.
         """
         ...
 
@@ -89,7 +93,8 @@ class Sequential:
         z: Tensor,
         frame: int,
         known: Tensor | None = None,
-        told: Callable[[int], None] | None = None,
+        told: Told | None = None,
+        agreed: Agreed | None = None,
     ) -> tuple[Tensor, Trace]:
         """See `Inverse`."""
         x, start = prepared(laws, first, z, known)
@@ -97,7 +102,7 @@ class Sequential:
             mu, sigma = laws(x[:, i : i + 1], i)
             x[:, i + 1 : i + 2] = mu + sigma * z[:, i : i + 1]
             if told is not None:
-                told(1)
+                told(1, 1)
         left = z.shape[1] - start
         return x[:, 1:], Trace([1] * left, [0.0] * left)
 
@@ -146,7 +151,8 @@ class Jacobi:
         z: Tensor,
         frame: int,
         known: Tensor | None = None,
-        told: Callable[[int], None] | None = None,
+        told: Told | None = None,
+        agreed: Agreed | None = None,
     ) -> tuple[Tensor, Trace]:
         """See `Inverse`."""
         x, place = prepared(laws, first, z, known)
@@ -154,12 +160,12 @@ class Jacobi:
         while place < z.shape[1]:
             end = min(place + (self.chunk if place < frame else self.later or self.chunk), z.shape[1])
             self._guess(x, place, end, frame)
-            sweeps, residual = self._sweep(laws, x, z, clean, place, end)
+            sweeps, residual = self._sweep(laws, x, z, clean, place, end, agreed)
             trace.sweeps.append(sweeps)
             trace.residuals.append(residual)
             trace.unfinished += end - place > sweeps and residual >= self.tolerance > 0
             if told is not None:
-                told(end - place)
+                told(end - place, sweeps)
             clean, place = place if self.refresh else end, end
         return x[:, 1:], trace
 
@@ -172,7 +178,9 @@ class Jacobi:
             source = source - frame * ((source - place) // frame + 1)
             x[:, place + 1 : end + 1] = x[:, source + 1]
 
-    def _sweep(self, laws: Laws, x: Tensor, z: Tensor, clean: int, place: int, end: int) -> tuple[int, float]:
+    def _sweep(
+        self, laws: Laws, x: Tensor, z: Tensor, clean: int, place: int, end: int, agreed: Agreed | None
+    ) -> tuple[int, float]:
         most = min(self.max_sweeps, end - place)
         for sweep in range(1, most + 1):
             from_ = clean if sweep == 1 else place
@@ -182,6 +190,7 @@ class Jacobi:
                 new = new.clamp(-self.clamp, self.clamp)
             residual = (new - x[:, place + 1 : end + 1]).square().mean() / new.square().mean()
             x[:, place + 1 : end + 1] = new
-            if sweep == most or bool(residual < self.tolerance):
+            done = residual < self.tolerance
+            if sweep == most or bool(done if agreed is None else agreed(done)):
                 return sweep, float(residual)
         raise AssertionError

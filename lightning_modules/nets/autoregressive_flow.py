@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock, Decoder, Grid, Guidance
 from penstock.lightning_modules.nets.causal_transformer import Layer
@@ -43,10 +45,15 @@ class AutoregressiveFlow(nn.Module):
             to n of the noise, and the other way round.
 
     Raises:
-        ValueError: a shape of another number of axes, or sides that are no multiples of the patch.
+        ValueError: a shape of another number of axes, sides that are no multiples of the patch, or another order.
+
+    Attributes:
+        checkpoint_blocks: What recomputes and is sharded as one.
+        forward_methods: What a sharded network gathers its weights for, besides `forward`.
     """
 
     checkpoint_blocks = (Layer,)
+    forward_methods = ("decode",)
     num_classes = 0
 
     def __init__(
@@ -58,6 +65,8 @@ class AutoregressiveFlow(nn.Module):
         frame_local: bool = True,
     ):
         super().__init__()
+        if order not in ("L2R", "R2L"):
+            raise ValueError(f"order '{order}', expected L2R or R2L")
         self.shape, self.patch, self.order, self.frame_local = check_shape(shape, patch), patch, order, frame_local
         self.blocks = nn.ModuleList(blocks)
 
@@ -145,14 +154,14 @@ class AutoregressiveFlow(nn.Module):
         self,
         z: Tensor,
         inverse: Inverse,
-        shallow: Inverse | None = None,
+        shallow: Inverse | Sequence[Inverse] | None = None,
         cond: Tensor | None = None,
         guidance: Guidance | None = None,
         temperature: float = 1.0,
         known: Tensor | None = None,
         windows: Sequence[tuple[int, int, int]] | None = None,
         dtype: torch.dtype | None = None,
-        told: Callable[[int], None] | None = None,
+        told: Callable[[int, int], None] | None = None,
     ) -> tuple[Tensor, list[Any]]:
         """Noise to data through all blocks, and what each inversion took, deep block first.
 
@@ -162,7 +171,7 @@ class AutoregressiveFlow(nn.Module):
         Args:
             z: Noise, shape of the data with a batch in front.
             inverse: One of `flow.inverse`, for the deep block.
-            shallow: The same for the others; None is as the deep one.
+            shallow: The same for the others, one for all or one for each, data side first; None is as the deep one.
             cond: Condition, see `forward`; None is the unconditional flow.
             guidance: Away from the unconditional flow, where there is a condition; None does without.
             temperature: See `Decoder`.
@@ -175,7 +184,7 @@ class AutoregressiveFlow(nn.Module):
         own, last, traces = self.condition(cond, len(z)), len(self.blocks) - 1, []
         weak = self.condition(None, len(z)) if guidance is not None else None
         guidance = guidance if cond is not None else None
-        made = tokens[:, :0]
+        made, agreed = tokens[:, :0], agreement(self)
         if known is not None:
             made, given = self.tokens(known)
             for i in range(last):
@@ -184,13 +193,15 @@ class AutoregressiveFlow(nn.Module):
             size = (end - start, *grid[1:])
             before = made[:, start : start + max(begun, made.shape[1] - start)]
             new, trace = self.backward_through(
-                tokens[:, start:end], last, size, inverse, own, weak, guidance, temperature, before, dtype, told
-            )
+                tokens[:, start:end], last, size, inverse, own, weak, guidance, temperature, before, dtype, told,
+                agreed,
+            )  # fmt: skip
             made = torch.cat([made[:, :start], new], 1)
             traces.append(trace)
         for i in range(last - 1, -1, -1):
+            how = shallow[i] if isinstance(shallow, Sequence) else shallow or inverse
             made, trace = self.backward_through(
-                made, i, grid, shallow or inverse, own, weak, guidance, temperature, None, dtype, told
+                made, i, grid, how, own, weak, guidance, temperature, None, dtype, told, agreed
             )
             traces.append(trace)
         tokens = made
@@ -209,7 +220,8 @@ class AutoregressiveFlow(nn.Module):
         temperature: float = 1.0,
         known: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        told: Callable[[int], None] | None = None,
+        told: Callable[[int, int], None] | None = None,
+        agreed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """Noise-side tokens `(B, T, F, C)` of block i back through it.
 
@@ -225,6 +237,7 @@ class AutoregressiveFlow(nn.Module):
             known: Data-side tokens `(B, K, F, C)` of the first K frames, where they are known.
             dtype: Of the cache.
             told: See there.
+            agreed: See there.
         """
         z, own, local = self._enter(z, i, grid)
         if known is not None:
@@ -237,9 +250,23 @@ class AutoregressiveFlow(nn.Module):
         first, rest = block.split(z)
         if known is not None and known.shape[1] and block.sos_embed is None:
             first, known = block.split(known)
-        x, trace = inverse(laws, first, rest, own[1] * own[2], known, told)
+        x, trace = inverse(laws, first, rest, own[1] * own[2], known, told, agreed)
         x = x if block.sos_embed is not None else torch.cat([first, x], 1)
         return self._leave(x, i, grid, local), trace
+
+
+def agreement(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Makes of a bool tensor whether it is true on all ranks that share the weights of `net`; None where none do."""
+    mesh = next((p.device_mesh for p in net.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return None
+
+    def agreed(done: Tensor) -> Tensor:
+        least = done.to(torch.int32)
+        dist.all_reduce(least, dist.ReduceOp.MIN, mesh.get_group())
+        return least > 0
+
+    return agreed
 
 
 def check_shape(shape: Sequence[int], patch: int) -> tuple[int, ...]:
@@ -249,6 +276,8 @@ def check_shape(shape: Sequence[int], patch: int) -> tuple[int, ...]:
         ValueError: another number of axes than 3 or 4, or sides that are no multiples of the patch.
     """
     shape = tuple(shape)
+    if patch < 1:
+        raise ValueError(f"patch {patch}: expected a number of pixels, at least 1")
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise ValueError(f"shape {shape}: expected (channels, height, width) or (frames, channels, height, width)")
     if shape[-1] % patch or shape[-2] % patch:

@@ -24,6 +24,17 @@ class Laws:
         return torch.tanh(mean @ self.memory[:, :end]), torch.exp(0.5 * torch.tanh(scale @ self.memory[:, :end]))
 
 
+class Told:
+    """What an inverse tells of its progress."""
+
+    def __init__(self):
+        self.tokens, self.sweeps = [], []
+
+    def __call__(self, tokens, sweeps):
+        self.tokens.append(tokens)
+        self.sweeps.append(sweeps)
+
+
 FIRST = torch.full((BATCH, 1, 1), 0.5).double()
 
 
@@ -49,10 +60,10 @@ def largest(x):
 
 
 def test_token_by_token():
-    told, laws = [], Laws()
-    u, trace = Sequential()(laws, FIRST, noise(), FRAME, told=told.append)
+    told, laws = Told(), Laws()
+    u, trace = Sequential()(laws, FIRST, noise(), FRAME, told=told)
     assert largest(forward(Laws(), u) - noise()) < 1e-12
-    assert trace.calls == len(laws.calls) == sum(told) == TOKENS
+    assert trace.calls == len(laws.calls) == sum(told.tokens) == sum(told.sweeps) == TOKENS
     assert trace.residuals == [0.0] * TOKENS
     assert trace.unfinished == 0
 
@@ -76,16 +87,16 @@ def test_chunks_of_any_size_without_tolerance_are_exact(chunk, later, start, ref
 
 
 def test_chunks_grow_after_the_first_frame():
-    told = []
-    _, trace = inverted(Jacobi(3, 5, tolerance=0), told=told.append)
-    assert told == trace.sweeps == [3, 3, 5, 1]
+    told = Told()
+    _, trace = inverted(Jacobi(3, 5, tolerance=0), told=told)
+    assert told.tokens == told.sweeps == trace.sweeps == [3, 3, 5, 1]
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-9])
 def test_a_chunk_takes_at_most_as_many_sweeps_as_it_has_tokens(tolerance):
-    told = []
-    u, trace = inverted(Jacobi(5, 4, tolerance), told=told.append)
-    assert all(1 <= sweeps <= size for sweeps, size in zip(trace.sweeps, told, strict=True))
+    told = Told()
+    u, trace = inverted(Jacobi(5, 4, tolerance), told=told)
+    assert all(1 <= sweeps <= size for sweeps, size in zip(trace.sweeps, told.tokens, strict=True))
     assert largest(u - EXACT) < 20 * tolerance**0.5
     assert trace.unfinished == 0
 
@@ -143,11 +154,11 @@ def test_slow_clips_take_fewer_sweeps_from_the_frame_before():
 @pytest.mark.parametrize("inverse", [Sequential(), Jacobi(3, 5, tolerance=0), Jacobi(3, 5, 0, refresh=False)])
 @pytest.mark.parametrize("number", [0, 1, 4, 5, 12])
 def test_known_tokens_stay_and_the_others_follow_from_them(inverse, number):
-    known, told = torch.linspace(-1, 1, BATCH * number).reshape(BATCH, number, 1).double(), []
-    u, trace = inverted(inverse, known=known, told=told.append)
+    known, told = torch.linspace(-1, 1, BATCH * number).reshape(BATCH, number, 1).double(), Told()
+    u, trace = inverted(inverse, known=known, told=told)
     assert torch.equal(u[:, :number], known)
     torch.testing.assert_close(forward(Laws(), u)[:, number:], noise()[:, number:])
-    assert trace.calls == sum(told) == TOKENS - number
+    assert trace.calls == sum(told.tokens) == sum(told.sweeps) == TOKENS - number
 
 
 def test_known_tokens_are_read_at_once():
@@ -190,3 +201,17 @@ def test_noise_stays_as_it_is():
 def test_options_out_of_range(options, line):
     with pytest.raises(ValueError, match=line):
         Jacobi(**options)
+
+
+def test_ranks_that_have_to_agree_sweep_until_the_last_is_done():
+    asked = []
+
+    def agreed(done):
+        asked.append(bool(done))
+        return done & (len(asked) >= 7)
+
+    _, alone = inverted(Jacobi(TOKENS, tolerance=1e-2))
+    _, together = inverted(Jacobi(TOKENS, tolerance=1e-2), agreed=agreed)
+    assert alone.calls < 7
+    assert together.calls == len(asked) == 7
+    assert asked[alone.calls - 1] is True
