@@ -26,7 +26,7 @@ def released(chunk, tolerance, sweeps=32):
     was exact; it may take a sweep more than it has tokens. The cache keeps what went into the last sweep.
     """
 
-    def inverse(laws, first, z, frame, known=None, told=None):
+    def inverse(laws, first, z, frame, known=None, told=None, agreed=None):
         (x, place), trace = prepared(laws, first, z, known), Trace()
         while place < z.shape[1]:
             end = min(place + (chunk if place <= frame else 4 * chunk), z.shape[1])
