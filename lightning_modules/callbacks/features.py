@@ -22,7 +22,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 class FeatureExtractor(ABC):
-    """Maps samples `(b, *shape)` to features `(b, D)`, float32.
+    """Maps samples `(b, *shape)` to features `(b, D)`, float32; `(b k, D)` for features of k parts of each (frames).
 
     Attributes:
         name: what the metrics are called after.
@@ -40,7 +40,10 @@ class FeatureExtractor(ABC):
 
     @abstractmethod
     def __call__(self, data: Tensor) -> Tensor:
-        """`(b, D)` float32 features of samples on the device given to `prepare`; images and videos in [-1, 1]."""
+        """`(b, D)` float32 features of samples on the device given to `prepare`; images and videos in [-1, 1].
+
+        Features of parts of the samples are `(b k, D)`, those of a sample one after the other.
+        """
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -85,7 +88,7 @@ class Points(FeatureExtractor):
         return {"name": self.name}
 
 
-class _NetworkFeatures(FeatureExtractor):
+class NetworkFeatures(FeatureExtractor):
     """Features of a frozen network, loaded at first use."""
 
     def __init__(self) -> None:
@@ -103,7 +106,7 @@ class _NetworkFeatures(FeatureExtractor):
         self._net.to(device)
 
 
-class TimmFeatures(_NetworkFeatures):
+class TimmFeatures(NetworkFeatures):
     """The pooled features (before the classifier) of any timm model.
 
     Images are made RGB, resized to the model's input size (bicubic, antialiased) and normalised with its mean and
@@ -160,7 +163,7 @@ class TimmFeatures(_NetworkFeatures):
                 ) from error
         else:
             net = timm.create_model(self.model, pretrained=False, **padding)
-            _load_file(net, self.weights, f"features '{self.name}'", f"timm's {self.model}")
+            load_weights(net, self.weights, f"features '{self.name}'", f"timm's {self.model}")
         config = timm.data.resolve_data_config({}, model=net)
         self._size = tuple(config["input_size"][1:])
         self._mean = tuple(self.mean or config["mean"])
@@ -171,7 +174,7 @@ class TimmFeatures(_NetworkFeatures):
     @torch.no_grad()
     def __call__(self, data: Tensor) -> Tensor:
         """`(b, D)` of images `(b, 1 or 3, H, W)`."""
-        images = interpolate(_rgb(data) / 2 + 0.5, self._size, mode="bicubic", antialias=True, align_corners=False)
+        images = interpolate(rgb(data) / 2 + 0.5, self._size, mode="bicubic", antialias=True, align_corners=False)
         mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (self._mean, self._std))
         return self._net((images.clamp(0, 1) - mean) / std).float()
 
@@ -188,7 +191,7 @@ class TimmFeatures(_NetworkFeatures):
         }
 
 
-class Inception(_NetworkFeatures):
+class Inception(NetworkFeatures):
     """The 2,048 features of the Inception-V3 that defines FID (arXiv 1706.08500), as torch-fidelity computes them.
 
     Images are rounded to 8 bits, as files would be.
@@ -240,7 +243,7 @@ class Inception(_NetworkFeatures):
     @torch.no_grad()
     def __call__(self, data: Tensor) -> Tensor:
         """`(b, 2048)` of images `(b, 1 or 3, H, W)`."""
-        images = ((_rgb(data) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        images = ((rgb(data) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return self._net(images)[0].float()
 
     def identity(self) -> dict[str, Any]:
@@ -258,13 +261,29 @@ def hash_state(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _rgb(images: Tensor) -> Tensor:
+def row_numbers(index: Tensor, features: Tensor) -> Tensor:
+    """Numbers of rows `(b k, D)` of features: those of the samples `index` `(b,)`, or `k index + 0 .. k-1`."""
+    each = len(features) // max(1, len(index))
+    return (each * index[:, None] + torch.arange(each, device=index.device)).flatten()
+
+
+def rgb(images: Tensor) -> Tensor:
+    """Images `(b, 1 or 3, H, W)` with three channels, float32.
+
+    Raises:
+        UserError: samples of another shape.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UserError(f"features: samples of shape {tuple(images.shape[1:])}, expected images of 1 or 3 channels")
     return images.float().expand(-1, 3, -1, -1)
 
 
-def _load_file(net: nn.Module, file: str, what: str, whose: str) -> None:
+def load_weights(net: nn.Module, file: str, what: str, whose: str) -> None:
+    """Loads the state dict in a file, also of half precision; errors say `what` wants it and `whose` it is.
+
+    Raises:
+        UserError: no file, or weights of another network.
+    """
     from timm.models import load_state_dict
 
     path = Path(file).expanduser()

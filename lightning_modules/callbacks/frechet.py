@@ -12,7 +12,7 @@ from penstock.lightning_modules.callbacks.distances import (
     kernel_distance,
     precision_recall,
 )
-from penstock.lightning_modules.callbacks.features import FeatureExtractor
+from penstock.lightning_modules.callbacks.features import FeatureExtractor, row_numbers
 from penstock.lightning_modules.callbacks.generation import Generated
 from penstock.lightning_modules.callbacks.ranks import gather_rows
 from penstock.lightning_modules.callbacks.reference import Reference, Split, reference
@@ -23,7 +23,8 @@ class FrechetDistance:
 
     On request from the same features: the kernel distance (arXiv 1801.01401) and improved precision and recall
     (arXiv 1904.06991), against at most 10,000 real samples. Names follow the features: `fd_pixels`, `kid_pixels`, and
-    `fid`, `kid` only with `Inception`.
+    `fid`, `kid` only with `Inception`. Clips take features of `clip_features`: `fd_frames_pixels` of all their frames,
+    `fd_clip_pixels`, `fvd_r3d_18`, and `fvd` only with `I3D`.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class FrechetDistance:
         features = samples.features(self.features)
         self._sums.update(features)
         if self.also:
-            self._rows.append((samples.index.cpu(), features.cpu()))
+            self._rows.append((row_numbers(samples.index, features).cpu(), features.cpu()))
 
     def compute(self, trainer: pl.Trainer) -> dict[str, float]:
         """The distances on rank 0."""

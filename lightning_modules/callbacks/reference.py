@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from penstock.lightning_modules.callbacks.distances import GaussianSums
-from penstock.lightning_modules.callbacks.features import FeatureExtractor
+from penstock.lightning_modules.callbacks.features import FeatureExtractor, row_numbers
 from penstock.lightning_modules.callbacks.ranks import broadcast, gather_rows, rank_and_world
 from penstock.lightning_modules.errors import UserError
 
@@ -29,8 +29,8 @@ class Reference(NamedTuple):
     """What is known of a split on one kind of features.
 
     Attributes:
-        sums: over all samples.
-        features: `(k, D)` float32 of at most 10,000 samples in the data's order, the same for any number of ranks.
+        sums: over all samples, or parts of them (frames), where the features are of parts.
+        features: `(k, D)` float32 of at most 10,000 of these in the data's order, the same for any number of ranks.
         labels: `(k,)` int64 of these, or None without classes.
     """
 
@@ -96,7 +96,7 @@ def _collect(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) -> 
         if len(batch["index"]):
             features = extractor(data_of(batch))
             sums.update(features)
-            rows.add(batch["index"], features, batch.get("label"))
+            rows.add(*_of_rows(batch, features))
     sums = sums.over_ranks(trainer.strategy.root_device)
     if sums.count < 2:
         raise UserError(f"reference data: split '{split}' holds {sums.count} samples, expected at least 2")
@@ -107,6 +107,12 @@ def _collect(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) -> 
     whole.add(*gathered)
     _, features, labels = whole.columns()
     return Reference(sums, features, labels)
+
+
+def _of_rows(batch: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Number, features and class of every row of features."""
+    index, label = row_numbers(batch["index"], features), batch.get("label")
+    return index, features, None if label is None else label.repeat_interleave(len(index) // len(label))
 
 
 class _Kept:
