@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.flow.affine import Guidance, ScoreGuidance, nll
+from penstock.lightning_modules.flow.affine import Guidance, ScoreGuidance, frame_nll, nll
 from penstock.lightning_modules.flow.inverse import Inverse, Jacobi, Sequential
 from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow, Flow
@@ -182,6 +182,14 @@ class AutoregressiveModule(LightningModule):
         """
         flow = self.net(x, cond)
         return -(nll(flow.z, flow.logdets) + CONSTANT) * x[0].numel()
+
+    def frame_log_prob(self, x: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """Log-density in nats of every frame given those before it `(B, T)`, of clips `(B, T, C, H, W)`.
+
+        The sum over frames is `log_prob`; the arguments are the same.
+        """
+        flow = self.net(x, cond)
+        return -(frame_nll(flow.z, flow.logdets) + CONSTANT) * x[0, 0].numel()
 
     def sample(
         self,

@@ -90,3 +90,16 @@ def nll(z: Tensor, logdets: Sequence[Tensor]) -> Tensor:
     """
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     return 0.5 * wide.square().flatten(1).mean(1) - sum(logdet.flatten(1).mean(1) for logdet in logdets)
+
+
+def frame_nll(z: Tensor, logdets: Sequence[Tensor]) -> Tensor:
+    """`nll` of every frame given those before it `(B, T)`, of a flow that is causal over frames: the chain rule.
+
+    The mean over frames is `nll` of the clip.
+
+    Args:
+        z: Noise `(B, T, C, H, W)`.
+        logdets: Of each block, unreduced `(B, T, ...)`.
+    """
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return 0.5 * wide.square().flatten(2).mean(2) - sum(logdet.flatten(2).mean(2) for logdet in logdets)
