@@ -1,25 +1,29 @@
 """What all methods that train an autoregressive flow share: likelihood, sampling block by block, density, denoising."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.affine import Guidance, ScoreGuidance, frame_nll, nll
-from penstock.lightning_modules.flow.inverse import Inverse, Jacobi, Sequential
+from penstock.lightning_modules.flow.inverse import Inverse, Jacobi, Sequential, Trace
 from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow, Flow
+from penstock.lightning_modules.nets.prompt_template import Tag, tagged
 from penstock.lightning_modules.nets.text_encoder import TextEncoder
 from penstock.lightning_modules.prompted import Condition, Prompted
 from penstock.lightning_modules.seeds import run_seed
 from penstock.lightning_modules.training import check_data, log_mean, net_weights, optimizers, start_from_initial
 
+CacheType = Literal["float32", "bfloat16"]
 CONSTANT = 0.5 * math.log(2 * math.pi)
 
 
@@ -37,7 +41,8 @@ class AutoregressiveModule(LightningModule):
         condition_dropout: Share of the rows whose condition is dropped, in [0, 1].
         guidance: Of the sampler, where there is a condition; None does without.
         inverse: How the deep block is inverted; None is `Jacobi`.
-        shallow: How the others are; None is as the deep one.
+        shallow: How the others are, all alike or each by its own, data side first; None is as the deep one.
+        cache: Precision of the caches of keys and values when sampling; None is that of the weights.
         denoise: Whether samples lose the noise by a step along the gradient of the likelihood.
         key: Entry of the batch that holds the data, where no `text` is given.
         initial: Checkpoint whose raw weights training starts from.
@@ -48,6 +53,7 @@ class AutoregressiveModule(LightningModule):
     Attributes:
         nfe: Calls of blocks that the last samples took, all blocks together; one after the other, so a matter of time.
         traces: What each block took, deep one first.
+        told: Gets the tokens of a sequence that are done, and the calls they took, as samples are made; None is nobody.
 
     Raises:
         ValueError: an option out of its range.
@@ -66,7 +72,8 @@ class AutoregressiveModule(LightningModule):
         condition_dropout: float,
         guidance: Guidance | None,
         inverse: Inverse | None,
-        shallow: Inverse | None,
+        shallow: Inverse | list[Inverse] | None,
+        cache: CacheType | None,
         denoise: bool,
         key: Literal["image", "video", "latent"],
         initial: str | None,
@@ -85,7 +92,10 @@ class AutoregressiveModule(LightningModule):
         self.net, self.optimizer, self.scheduler, self.initial = net, optimizer, scheduler, initial
         self.noise, self.penalty, self.condition_dropout = noise, penalty, condition_dropout
         self.guidance, self.inverse, self.denoise = guidance, inverse or Jacobi(), denoise
-        self.shallow = shallow
+        if isinstance(shallow, list) and len(shallow) != len(net.blocks) - 1:
+            raise ValueError(f"shallow: {len(shallow)} inverses, expected {len(net.blocks) - 1}, one for each block")
+        self.shallow, self.cache = shallow, None if cache is None else getattr(torch, cache)
+        self.told: Callable[[int, int], None] | None = None
         self.prompted = None if text is None else Prompted(text, autoencoder or Identity(), prompts or [])
         self.takes_text = self.prompted is not None
         self.key = key if self.prompted is None else self.prompted.autoencoder.key
@@ -123,7 +133,7 @@ class AutoregressiveModule(LightningModule):
         """The batch in the flow's space `(B, ...)`."""
         if self.prompted is None:
             return batch[self.key]
-        return self.prompted.data(batch, draws, tuple(self.net.shape))
+        return self.prompted.data(batch, draws)
 
     def condition(self, batch: dict[str, Any]) -> Tensor | None:
         """What the network is conditioned on, or None."""
@@ -146,13 +156,20 @@ class AutoregressiveModule(LightningModule):
         if self.noise:
             x = x + self.noise * draws.normal("noise", x.shape[1:], x.dtype)
         if cond is not None:
-            cond = self.net.drop_condition(cond, draws.uniform("dropped") < self.condition_dropout)
+            cond = self.dropped(cond, draws.uniform("dropped") < self.condition_dropout, batch)
         return x, cond
+
+    def dropped(self, cond: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Conditions of a batch, those of `mask` `(B,)` as none."""
+        return self.net.drop_condition(cond, mask)
 
     def nll(self, flow: Flow) -> Tensor:
         """Nats a dimension `(B,)`, and the penalty."""
-        found = nll(flow.z, flow.logdets) + CONSTANT
-        return found + self.penalty * mean_squares(flow) if self.penalty else found
+        return self.penalized(nll(flow.z, flow.logdets) + CONSTANT, flow)
+
+    def penalized(self, nats: Tensor, flow: Flow) -> Tensor:
+        """`nats` `(B,)` and the penalty."""
+        return nats + self.penalty * mean_squares(flow) if self.penalty else nats
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.losses(batch, Draws(run_seed(), self.current_epoch, batch["index"]))
@@ -215,12 +232,26 @@ class AutoregressiveModule(LightningModule):
         Raises:
             UserError: a prompt for a flow that takes none.
         """
-        if self.prompted is not None:
-            cond = self.prompted.features([prompt] * n if prompt is not None else cond, self.device)
-        elif prompt is not None:
-            raise UserError(f"prompt={prompt}: the model takes no text")
+        cond = self.asked(n, cond, prompt)
         z = torch.randn(n, *self.net.shape, generator=generator, device=self.device)
         return self._shown(self.decode(z, steps=steps, cond=cond, guidance=guidance))
+
+    def asked(self, n: int, cond: Condition | None, prompt: str | None, tag: Tag | None = None) -> Tensor | None:
+        """The condition of `n` samples as the network takes it, see `sample`; captions of a task get its tag.
+
+        Raises:
+            UserError: a prompt for a flow that takes none.
+        """
+        if self.prompted is None:
+            if prompt is not None:
+                raise UserError(f"prompt={prompt}: the model takes no text")
+            return cond
+        if prompt is not None:
+            cond = [prompt] * n
+        if tag is not None and cond is not None and not (isinstance(cond, Tensor) and cond.is_floating_point()):
+            captions = [self.prompted.prompts[i] for i in cond.tolist()] if isinstance(cond, Tensor) else cond
+            cond = tagged(captions, tag)
+        return self.prompted.features(cond, self.device)
 
     def decode(
         self, z: Tensor, *, steps: int | None = None, cond: Tensor | None = None, guidance: float | None = None
@@ -237,8 +268,12 @@ class AutoregressiveModule(LightningModule):
         if guidance is not None:
             guide = replace(guide or ScoreGuidance(0.0), weight=guidance) if guidance else None
         inverse, shallow = (_swept(how, steps) for how in (self.inverse, self.shallow or self.inverse))
-        x, self.traces = self.net.decode(self.net.prior(z), inverse, shallow, cond, guide, **more)
+        x, self.traces = self.net.decode(
+            self.net.prior(z), inverse, shallow, cond, guide, dtype=self.cache, told=self.told, **more
+        )
         self.nfe = sum(trace.calls for trace in self.traces)
+        if line := unfinished(self.traces):
+            rank_zero_warn(line)
         return x
 
     def tweedie(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -266,5 +301,26 @@ def mean_squares(flow: Flow) -> Tensor:
     return sum(x.square().flatten(1).mean(1) for x in flow.states[:-1])
 
 
-def _swept(inverse: Inverse, steps: int | None) -> Inverse:
-    return inverse if steps is None or isinstance(inverse, Sequential) else replace(inverse, max_sweeps=steps)
+def _swept(how: Inverse | list[Inverse], steps: int | None) -> Any:
+    if isinstance(how, list):
+        return [_swept(one, steps) for one in how]
+    return how if steps is None or isinstance(how, Sequential) else replace(how, max_sweeps=steps)
+
+
+def unfinished(traces: Sequence[Trace]) -> str:
+    """What to say of chunks that stopped at the largest number of sweeps while they still moved; nothing without any.
+
+    Raises:
+        UserError: samples that are not finite.
+    """
+    number = sum(trace.unfinished for trace in traces)
+    if not all(math.isfinite(value) for trace in traces for value in trace.residuals):
+        raise UserError("samples are not finite: the iteration diverged; set model.inverse.clamp, or use Sequential")
+    if not number:
+        return ""
+    total = sum(len(trace.sweeps) for trace in traces)
+    far, sweeps = max(pair for trace in traces if trace.unfinished for pair in zip(trace.residuals, trace.sweeps))
+    return (
+        f"samples: {number} of {total} chunks did not reach the tolerance of model.inverse: after {sweeps} sweeps the "
+        f"last one moved them by {far**0.5:.2g} of their size; allow more sweeps (steps, max_sweeps) or raise tolerance"
+    )

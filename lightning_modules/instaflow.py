@@ -114,7 +114,7 @@ class InstaFlow(FlowModule):
         Prompts pass the network's `drop_condition` even where none is dropped: DDP wants its gradient.
         """
         shape = tuple(self.net.shape)
-        x1 = self.prompted.data(batch, draws, shape)
+        x1 = self.prompted.data(batch, draws)
         if "source" in batch:
             x0, scalars = batch["source"], draws.uniform("time", (2,))
         else:

@@ -28,13 +28,18 @@ class Prompted:
         self._numbered: Tensor | None = None
 
     def fits(self, net: nn.Module, data: Any) -> None:
-        """Refuses images that the autoencoder does not bring to the network's shape, and features of another size.
+        """Refuses data that the autoencoder does not bring to the network's shape, and features of another size.
+
+        Data that are latents already say themselves whether they are the autoencoder's (`shape_for`).
 
         Raises:
             UserError: the key of the model, what was found and what is expected.
         """
         shape = tuple(getattr(data, "shape", ()))
-        latent = self.autoencoder.latent_shape(shape) if len(shape) == 3 else shape
+        if hasattr(data, "shape_for"):
+            latent = data.shape_for(self.autoencoder)
+        else:
+            latent = self.autoencoder.latent_shape(shape) if len(shape) in (3, 4) else shape
         if latent != tuple(net.shape):
             raise UserError(
                 f"model.net.shape: found {tuple(net.shape)}, expected {latent}, what model.autoencoder makes of "
@@ -72,8 +77,8 @@ class Prompted:
             raise UserError(f"data: batches have {', '.join(sorted(batch))}; expected text, as in data=image_text")
         return self.features(found, device)
 
-    def data(self, batch: dict[str, Any], draws: Draws, shape: tuple[int, ...]) -> Tensor:
-        """The batch in the flow's space `(B, *shape)`: its `latent`, or its pictures encoded with noise from `draws`.
+    def data(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        """The batch in the flow's space `(B, ...)`: its `latent`, or its pictures encoded with noise from `draws`.
 
         Raises:
             UserError: a batch without `latent`, `image` and `video`.
@@ -83,5 +88,10 @@ class Prompted:
         pictures = batch.get("video", batch.get("image"))
         if pictures is None:
             raise UserError(f"data: batches have {', '.join(sorted(batch))}; expected image, video or latent")
-        noise = draws.normal("autoencoder", shape) if self.autoencoder.key == "latent" else None
-        return self.autoencoder.encode(pictures, noise)
+        return self.autoencoder.encode(pictures, self.noise(pictures, draws))
+
+    def noise(self, pictures: Tensor, draws: Draws) -> Tensor | None:
+        """The encoder's noise for pictures `(B, ...)`, or None for pixel space."""
+        if self.autoencoder.key != "latent":
+            return None
+        return draws.normal("autoencoder", self.autoencoder.latent_shape(tuple(pictures.shape[1:])))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from penstock.lightning_modules.autoregressive_module import AutoregressiveModule
+from penstock.lightning_modules.autoregressive_module import AutoregressiveModule, CacheType
 from penstock.lightning_modules.flow.affine import Guidance
 from penstock.lightning_modules.flow.inverse import Inverse
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
@@ -28,7 +28,8 @@ class STARFlow(AutoregressiveModule):
         condition_dropout: Share of the rows whose condition is dropped, in [0, 1].
         guidance: Of the sampler, where there is a condition; None does without.
         inverse: How the deep block is inverted; None is `Jacobi`.
-        shallow: How the others are; None is as the deep one.
+        shallow: How the others are, all alike or each by its own, data side first; None is as the deep one.
+        cache: Precision of the caches of keys and values when sampling; None is that of the weights.
         denoise: Whether samples lose the noise by a step along the gradient of the likelihood.
         key: Entry of the batch that holds the data, where no `text` is given.
         initial: Checkpoint whose raw weights training starts from.
@@ -50,7 +51,8 @@ class STARFlow(AutoregressiveModule):
         condition_dropout: float = 0.1,
         guidance: Guidance | None = None,
         inverse: Inverse | None = None,
-        shallow: Inverse | None = None,
+        shallow: Inverse | list[Inverse] | None = None,
+        cache: CacheType | None = None,
         denoise: bool = True,
         key: Literal["image", "video", "latent"] = "image",
         initial: str | None = None,
@@ -59,6 +61,6 @@ class STARFlow(AutoregressiveModule):
         prompts: list[str] | None = None,
     ):
         super().__init__(
-            net, optimizer, scheduler, noise, penalty, condition_dropout, guidance, inverse, shallow, denoise, key,
-            initial, text, autoencoder, prompts,
+            net, optimizer, scheduler, noise, penalty, condition_dropout, guidance, inverse, shallow, cache, denoise,
+            key, initial, text, autoencoder, prompts,
         )  # fmt: skip

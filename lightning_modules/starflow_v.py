@@ -1,28 +1,30 @@
 """STARFlow-V: "End-to-End Video Generative Modeling with Autoregressive Normalizing Flows" (arXiv 2511.20462)."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from penstock.datamodules.video_clips import fitted
-from penstock.datamodules.video_readers import open_video
 from penstock.kernels.philox import Draws
-from penstock.lightning_modules.autoregressive_module import CONSTANT, AutoregressiveModule, mean_squares
+from penstock.lightning_modules.autoregressive_module import CONSTANT, AutoregressiveModule, CacheType
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.affine import Guidance, nll
 from penstock.lightning_modules.flow.inverse import Inverse
 from penstock.lightning_modules.flow.rollout import chunks, windows
-from penstock.lightning_modules.nets.autoencoder import Autoencoder
+from penstock.lightning_modules.flow.score_matching import ScoreMatching
+from penstock.lightning_modules.nets.autoencoder import Autoencoder, Identity
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow
 from penstock.lightning_modules.nets.flow_denoiser import FlowDenoiser
+from penstock.lightning_modules.nets.prompt_template import tagged
 from penstock.lightning_modules.nets.text_encoder import TextEncoder
-from penstock.lightning_modules.prompted import Condition
+from penstock.lightning_modules.prompted import Condition, Prompted
 from penstock.lightning_modules.seeds import run_seed
+from penstock.lightning_modules.training import log_mean
+from penstock.lightning_modules.video_prefix import Request, last_frame_first
 
+Task = Literal["plain", "extend", "last"]
 UNIT = 0.3  # what released denoisers count their output in
 
 
@@ -31,7 +33,12 @@ class STARFlowV(AutoregressiveModule):
 
     Per step, on a noisy clip x: the likelihood of x; and flow-score matching, `mean((d(x) - t)^2)` with
     `t = -(sigma^2 / 0.3) grad log p(x)`, whose gradient reaches the denoiser only. Samples lose the noise by
-    `x - 0.3 d(x)`. The score's own gradient is that of the likelihood alone, whatever penalty there is.
+    `x - 0.3 d(x)`. The score's own gradient is that of the likelihood alone, whatever penalty there is; without one the
+    target comes from the likelihood's own backward pass, see `flow.score_matching`.
+
+    A step trains on clips, on clips without their first frame (captions tagged `extend`) or after their last (`last`);
+    which one is drawn for all ranks alike. Batches with `source` are clips that follow another (`v2v`); batches of
+    `image` are images, in which frames are not hidden from one another.
 
     Args:
         net: The flow.
@@ -42,13 +49,15 @@ class STARFlowV(AutoregressiveModule):
         penalty: Weight of the mean squares of the noisy data and of what the shallow blocks make of it.
         condition_dropout: Share of the clips whose condition is dropped, in [0, 1].
         first_frame_dropout: Share of the steps that leave out the first frame of all clips, in [0, 1].
+        last_frame: Share of the steps whose clips come after their last frame, in [0, 1].
         denoiser_lr: Learning rate of the denoiser at the start.
         denoiser_betas: Of its Adam.
         skip_after: Steps after which an update is left out whose gradient, the flow's or the denoiser's, is larger than
             the trainer's `gradient_clip_val`; None never.
         guidance: Of the sampler, where there is a condition; None does without.
         inverse: How the deep block is inverted; None is `Jacobi`.
-        shallow: How the others are; None is as the deep one.
+        shallow: How the others are, all alike or each by its own, data side first; None is as the deep one.
+        cache: Precision of the caches of keys and values when sampling; None is that of the weights.
         window: Frames that a long clip is made of at once; None is the network's frames.
         context: Frames that the next ones are made after, in a clip longer than the window.
         initial: Checkpoint whose raw weights training starts from.
@@ -70,12 +79,14 @@ class STARFlowV(AutoregressiveModule):
         penalty: float = 0.0,
         condition_dropout: float = 0.1,
         first_frame_dropout: float = 0.25,
+        last_frame: float = 0.0,
         denoiser_lr: float = 1e-4,
         denoiser_betas: tuple[float, float] = (0.9, 0.999),
         skip_after: int | None = 100,
         guidance: Guidance | None = None,
         inverse: Inverse | None = None,
-        shallow: Inverse | None = None,
+        shallow: Inverse | list[Inverse] | None = None,
+        cache: CacheType | None = None,
         window: int | None = None,
         context: int | None = None,
         initial: str | None = None,
@@ -84,45 +95,103 @@ class STARFlowV(AutoregressiveModule):
         prompts: list[str] | None = None,
     ):
         super().__init__(
-            net, optimizer, scheduler, noise, penalty, condition_dropout, guidance, inverse, shallow, True, "video",
-            initial, text, autoencoder, prompts,
+            net, optimizer, scheduler, noise, penalty, condition_dropout, guidance, inverse, shallow, cache, True,
+            "video", initial, text, autoencoder, prompts,
         )  # fmt: skip
-        if not 0 <= first_frame_dropout <= 1:
-            raise ValueError(f"first_frame_dropout={first_frame_dropout}: expected a share in [0, 1]")
-        self.denoiser, self.first_frame_dropout = denoiser, first_frame_dropout
+        for name, share in (("first_frame_dropout", first_frame_dropout), ("last_frame", last_frame)):
+            if not 0 <= share <= 1 or first_frame_dropout + last_frame > 1:
+                raise ValueError(f"{name}={share}: expected a share in [0, 1], of both together at most 1")
+        self.denoiser, self.first_frame_dropout, self.last_frame = denoiser, first_frame_dropout, last_frame
         self.denoiser_lr, self.denoiser_betas, self.skip_after = denoiser_lr, denoiser_betas, skip_after
         self.window = window or net.shape[0]
         self.context = context or max(1, 3 * self.window // 4)
         if not 0 < self.context < self.window:
             raise ValueError(f"context={context}: expected 1 to {self.window - 1} frames, less than the window")
+        self.autoencoder = Identity() if self.prompted is None else self.prompted.autoencoder
+        self.of_images = None if text is None else Prompted(text.of_images(), self.autoencoder, prompts or [])
+        self.matching = ScoreMatching(noise**2 / UNIT)
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        draws = Draws(run_seed(), self.current_epoch, batch["index"])
-        shared = Draws(run_seed(), self.current_epoch, torch.tensor([batch_idx], device=self.device))
-        x, cond = self.noisy(batch, draws)
-        if bool(shared.uniform("first frame")[0] < self.first_frame_dropout) and x.shape[1] > 1:
-            x = x[:, 1:]
-        x = x.requires_grad_(self.denoiser is not None)
+        draws, task = Draws(run_seed(), self.current_epoch, batch["index"]), self.task(batch, batch_idx)
+        x, cond = self.noisy({**batch, "task": task}, draws)
+        x = x[:, 1:] if task == "extend" else x
+        d = None if self.denoiser is None else self.score(x, cond)
+        once = d is not None and not self.penalty
+        x = self.matching.enter(x, d) if once else x.requires_grad_(d is not None)
         flow = self.net(x, cond)
-        own = nll(flow.z, flow.logdets) + CONSTANT
-        loss = own.mean() + self.penalty * mean_squares(flow).mean()
-        found = {"train/loss": loss}
-        if self.denoiser is not None:
-            (slope,) = torch.autograd.grad(own.sum() * x[0].numel(), x, retain_graph=True)
-            target = self.noise**2 / UNIT * slope
-            found["train/denoiser"] = (self.score(x.detach(), cond) - target).square().mean()
-            loss = loss + found["train/denoiser"]
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_dict({name: value.detach() for name, value in found.items()}, batch_size=len(x))
-        return loss
+        nats = nll(flow.z, flow.logdets) + CONSTANT
+        loss = self.penalized(nats, flow).mean()
+        if self._logs_now:
+            self.log("train/loss", loss.detach(), batch_size=len(x))
+        if once:
+            return self.matching.leave(loss)
+        return loss if d is None else loss + self.matching.apart(nats.mean(), x, d)
+
+    def on_after_backward(self) -> None:
+        if self.denoiser is not None and self._logs_now:
+            self.log("train/denoiser", self.matching.loss)
+
+    @property
+    def _logs_now(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def task(self, batch: dict[str, Any], batch_idx: int) -> Task:
+        """What a step trains, drawn from (seed, epoch, batch) for all ranks alike."""
+        video = batch.get("video", batch.get("latent"))
+        if video is None or video.shape[1] < 2 or "source" in batch:
+            return "plain"
+        share = float(Draws(run_seed(), self.current_epoch, torch.tensor([batch_idx])).uniform("task")[0])
+        if share < self.first_frame_dropout:
+            return "extend"
+        return "last" if share < self.first_frame_dropout + self.last_frame else "plain"
+
+    def data(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        """See `AutoregressiveModule.data`.
+
+        Raises:
+            UserError: latents where the last frame has to be encoded on its own.
+        """
+        if batch.get("task") == "last":
+            if "video" not in batch:
+                raise UserError("model.last_frame: batches hold latents; expected videos, whose last frame is encoded")
+            noise = None if self.prompted is None else self.prompted.noise(batch["video"], draws)
+            return last_frame_first(batch["video"], self.autoencoder, self.autoencoder.frame_factor, noise)
+        x = batch.get("video", batch.get("image")) if self.prompted is None else super().data(batch, draws)
+        return torch.cat([self.autoencoder.encode(batch["source"]), x], 1) if "source" in batch else x
+
+    def condition(self, batch: dict[str, Any]) -> Tensor | None:
+        if self.prompted is None or "text" not in batch:
+            return super().condition(batch)
+        tag = "v2v" if "source" in batch else batch.get("task", "plain")
+        captions = batch["text"] if tag == "plain" else tagged(batch["text"], tag)
+        return self._prompted_of(batch).condition({"text": captions}, self.device)
+
+    def dropped(self, cond: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
+        own = self._prompted_of(batch)
+        if own is self.prompted:
+            return super().dropped(cond, mask, batch)
+        return torch.where(mask[:, None, None], own.features([""], self.device), cond)
+
+    def _prompted_of(self, batch: dict[str, Any]) -> Prompted | None:
+        return self.of_images if "image" in batch and "video" not in batch else self.prompted
 
     def score(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """`d(x)`, shape of the noisy clips `x` `(B, T, C, H, W)`."""
+        """`d(x)`, shape of the noisy clips `x` `(B, T, C, H, W)`, or images `(B, C, H, W)`."""
         tokens, grid = self.net.tokens(x)
         text = self.net.condition(cond, len(x)) if self.denoiser.text_dim else None
         return self.net.untokens(self.denoiser(tokens, grid, text, x.ndim == 5), grid, x.ndim == 5)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Also the mean squared distance from the data of what has the noise, and of what has lost it."""
+        super().test_step(batch, batch_idx)
+        if self.noise:
+            draws = Draws(0, 0, batch["index"])
+            x, cond = self.data(batch, draws), self.condition(batch)
+            noisy = x + self.noise * draws.normal("noise", x.shape[1:], x.dtype)
+            for name, found in (("noisy_mse", noisy), ("denoised_mse", self.clean(noisy, cond))):
+                log_mean(self, name, (found - x).square().flatten(1).mean(1))
 
     def configure_optimizers(self) -> Any:
         if self.denoiser is None:
@@ -151,9 +220,9 @@ class STARFlowV(AutoregressiveModule):
     def pixels(self) -> tuple[int, int, int]:
         """(C, H, W) of a frame that is seen, decoded where there is an autoencoder."""
         channels, height, width = self.net.shape[1:]
-        if self.prompted is None or self.prompted.autoencoder.key != "latent":
+        if self.autoencoder.key != "latent":
             return channels, height, width
-        factor = 256 // self.prompted.autoencoder.latent_shape((3, 256, 256))[-1]
+        factor = 256 // self.autoencoder.latent_shape((3, 256, 256))[-1]
         return 3, factor * height, factor * width
 
     # ------------------------------------------------------------------ sampling
@@ -170,6 +239,8 @@ class STARFlowV(AutoregressiveModule):
         frames: int | None = None,
         image: str | None = None,
         video: str | None = None,
+        last: str | None = None,
+        source: str | None = None,
     ) -> Tensor:
         """Draws `n` clips `(n, T, C, H, W)`; see `AutoregressiveModule.sample`.
 
@@ -183,23 +254,34 @@ class STARFlowV(AutoregressiveModule):
             frames: T of the flow's space; None is the network's. More than the window are made window after window.
             image: File of a picture that clips begin with.
             video: File or folder of a clip that they begin with, frame by frame; it is what their start is made from.
+            last: File of a picture that they end with.
+            source: File or folder of a clip that they are translated from; it fills one half of the network's frames.
 
         Raises:
-            UserError: a picture and a clip, no frame left to make, or a file that cannot be read.
+            UserError: files that exclude each other, no frame left to make, or a file that cannot be read.
         """
-        if self.prompted is not None:
-            cond = self.prompted.features([prompt] * n if prompt is not None else cond, self.device)
-        elif prompt is not None:
-            raise UserError(f"prompt={prompt}: the model takes no text")
-        if image is not None and video is not None:
-            raise UserError(f"image={image} and video={video}: expected one of them")
-        frames = frames or self.net.shape[0]
-        known = None if image is None and video is None else self._prefix(image, video, n, generator)
-        if known is not None and known.shape[1] >= min(frames, self.window):
-            most = min(frames, self.window) - 1
-            raise UserError(f"video={video}: {known.shape[1]} frames, expected at most {most} before the new ones")
+        request = Request(image, video, last, source)
+        known, frames = request.known(self.pixels, self.autoencoder, self.device), frames or self.net.shape[0]
+        self._fitting(request, known, frames)
+        if known is not None:
+            shape = (n, *known.shape[1:])
+            known = known + self.noise * torch.randn(shape, generator=generator, device=self.device)
         z = torch.randn(n, frames, *self.net.shape[1:], generator=generator, device=self.device)
-        return self._shown(self.decode(z, steps=steps, cond=cond, guidance=guidance, known=known))
+        own = self.asked(n, cond, prompt, request.tag)
+        later = self.asked(n, cond, prompt, "extend") if self.first_frame_dropout and frames > self.window else own
+        x = self.decode(z, steps=steps, cond=own, later=later, guidance=guidance, known=known)
+        return request.shown(x, 0 if known is None else known.shape[1], self.autoencoder)
+
+    def _fitting(self, request: Request, known: Tensor | None, frames: int) -> None:
+        if known is None:
+            return
+        given, most = known.shape[1], min(frames, self.window) - 1
+        for key in ("last", "source"):
+            if (file := getattr(request, key)) is not None and frames > self.window:
+                raise UserError(f"{key}={file}: {frames} frames, expected at most {self.window}, the window")
+        if given > most:
+            key, file = next((k, v) for k, v in vars(request).items() if v is not None and k != "image")
+            raise UserError(f"{key}={file}: {given} frames, expected at most {most} before the new ones")
 
     def decode(
         self,
@@ -207,6 +289,7 @@ class STARFlowV(AutoregressiveModule):
         *,
         steps: int | None = None,
         cond: Tensor | None = None,
+        later: Tensor | None = None,
         guidance: float | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
@@ -216,11 +299,12 @@ class STARFlowV(AutoregressiveModule):
             z: Noise, of any number of frames.
             steps: See `sample`.
             cond: Condition of each clip, as features.
+            later: The same of windows after the first; None is as the first.
             guidance: See `sample`.
             known: The first frames with their noise `(B, K, C, H, W)`, fewer than a window.
         """
         pieces = windows(z.shape[1], self.window, self.context)
-        x = self.inverted(z, steps, cond, guidance, known=known, windows=pieces)
+        x = self.inverted(z, steps, cond, guidance, known=known, windows=pieces, later=later)
         return self.clean(x, cond) if self.noise else x
 
     def clean(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -238,19 +322,6 @@ class STARFlowV(AutoregressiveModule):
             d = self.score(x[:, start:end], cond)[:, first - start : last - start]
             out[:, first:last] = x[:, first:last] - UNIT * d
         return out
-
-    def _prefix(self, image: str | None, video: str | None, n: int, generator: torch.Generator | None) -> Tensor:
-        path = Path(image or video or "").expanduser()
-        reader = open_video(path)
-        channels, height, width = self.pixels
-        rows = torch.arange(1 if image is not None else reader.count).numpy()
-        frames = fitted(reader.frames(rows).float() / 127.5 - 1, height, width).clamp(-1, 1)
-        frames = frames.mean(1, keepdim=True) if channels == 1 else frames
-        x = frames[None].to(self.device)
-        if self.prompted is not None:
-            x = self.prompted.autoencoder.encode(x)
-        noise = torch.randn(n, *x.shape[1:], generator=generator, device=self.device)
-        return x + self.noise * noise
 
 
 def leave_out(optimizer: Optimizer, wanted: Tensor) -> None:

@@ -215,7 +215,7 @@ class TwinFlow(FlowModule):
             return torch.zeros(len(batch["index"]), *self.net.shape, device=self.device)
         if self.prompted is None:
             return batch[self.key]
-        return self.prompted.data(batch, draws, tuple(self.net.shape))
+        return self.prompted.data(batch, draws)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         draws = Draws(run_seed(), self.current_epoch, batch["index"])

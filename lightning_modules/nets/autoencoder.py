@@ -1,9 +1,11 @@
 """Images to the space that a flow lives in, and back."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError
 
 
 class Autoencoder(ABC):
@@ -11,9 +13,11 @@ class Autoencoder(ABC):
 
     Attributes:
         key: what batches and predictions call the flow's data.
+        frame_factor: frames of a video to one of the flow, after the first, which stands for itself.
     """
 
     key: Literal["image", "latent"]
+    frame_factor: int = 1
 
     @abstractmethod
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -31,6 +35,22 @@ class Autoencoder(ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Images `(B, C, H, W)` of flow data `(B, ...)`; differentiable."""
+
+    def law(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation `(B, ...)` of the flow data of images; no deviation where there is one code only."""
+        return self.encode(image), None
+
+    def identity(self) -> dict[str, Any]:
+        """What the flow data of an image depend on, in plain values."""
+        return {"class": type(self).__name__}
+
+    def decoder(self) -> nn.Module:
+        """The weights behind `decode`, for those who train them.
+
+        Raises:
+            UserError: there are none.
+        """
+        raise UserError(f"model.autoencoder: {type(self).__name__} has no decoder to train, expected one of weights")
 
 
 class Identity(Autoencoder):

@@ -160,6 +160,7 @@ class AutoregressiveFlow(nn.Module):
         temperature: float = 1.0,
         known: Tensor | None = None,
         windows: Sequence[tuple[int, int, int]] | None = None,
+        later: Tensor | None = None,
         dtype: torch.dtype | None = None,
         told: Callable[[int, int], None] | None = None,
     ) -> tuple[Tensor, list[Any]]:
@@ -176,6 +177,7 @@ class AutoregressiveFlow(nn.Module):
             guidance: Away from the unconditional flow, where there is a condition; None does without.
             temperature: See `Decoder`.
             known: The first frames `(B, K, C, H, W)` of the data, which come back as they are; fewer than a window has.
+            later: Condition of windows after the first; None is `cond`.
             windows: First frame, known frames and end of each, see `flow.rollout`; None is one for all.
             dtype: Of the caches.
             told: See `flow.inverse`.
@@ -190,6 +192,7 @@ class AutoregressiveFlow(nn.Module):
             for i in range(last):
                 made, _ = self.through(made, i, given, own)
         for start, begun, end in windows or [(0, 0, grid[0])]:
+            own = own if later is None or not start else self.condition(later, len(z))
             size = (end - start, *grid[1:])
             before = made[:, start : start + max(begun, made.shape[1] - start)]
             new, trace = self.backward_through(

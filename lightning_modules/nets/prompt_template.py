@@ -74,6 +74,10 @@ class Template(TextEncoder):
         """Size of a token's features."""
         return self.text.dim
 
+    def of_images(self) -> "Template":
+        """The same for captions of images: 0 fps, where an fps is told at all."""
+        return Template(self.text, self.fps and 0, self.noise, self.aspect)
+
     def prompts(self, captions: Sequence[str]) -> list[str]:
         """What the encoder is given for captions."""
         return [assemble(caption, self.fps, self.noise, self.aspect) for caption in captions]

@@ -26,6 +26,10 @@ class TextEncoder(ABC):
     def __call__(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
         """Features `(len(texts), L, dim)`, float, of prompts."""
 
+    def of_images(self) -> "TextEncoder":
+        """The same encoder for captions of images, where it tells a model of videos which of the two they are of."""
+        return self
+
 
 class HashedText(TextEncoder):
     """A fixed random vector for every word, and half as much of one for its place: no weights, no vocabulary, no files.

@@ -13,6 +13,7 @@ from penstock.lightning_modules.flow.inverse import Jacobi, Sequential
 from penstock.lightning_modules.flow.rollout import chunks, windows
 from penstock.lightning_modules.nets.flow_denoiser import FlowDenoiser
 from penstock.lightning_modules.nets.starflow import STARFlow as Net
+from penstock.lightning_modules.nets.text_encoder import TextEncoder
 from penstock.lightning_modules.starflow import STARFlow
 from penstock.lightning_modules.starflow_v import STARFlowV, leave_out
 
@@ -111,18 +112,110 @@ def test_tweedie_takes_a_step_along_the_gradient_inside_inference_mode():
     torch.testing.assert_close(found, x + 0.16 * score)
 
 
-@pytest.mark.parametrize("noise", [0.2, 0.5])
-def test_the_denoisers_target_is_tweedies_step_whatever_the_penalty(noise, monkeypatch):
-    flow = clips(noise=noise, penalty=3.0, first_frame_dropout=0.0)
-    x = torch.randn(4, 3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
-    seen = {}
-    monkeypatch.setattr(flow, "noisy", lambda batch, draws: (x, None))
-    monkeypatch.setattr(flow, "score", lambda x, cond: torch.zeros_like(x))
-    monkeypatch.setattr(flow, "log_dict", lambda found, **options: seen.update(found))
-    flow._trainer = type("Trainer", (), {"log_every_n_steps": 1, "current_epoch": 0, "global_step": 0})()
-    flow.training_step({"index": torch.arange(4)}, 0)
-    step = x.detach() - flow.tweedie(x.detach())
-    torch.testing.assert_close(seen["train/denoiser"], (step / 0.3).square().mean(), rtol=1e-4, atol=0)
+def stepped(flow, given, task="plain", factor=1.0):
+    """Gradients of the flow and of the denoiser after a training step whose loss is multiplied before it goes back."""
+    flow._trainer = type("Trainer", (), {"log_every_n_steps": 100, "current_epoch": 0, "global_step": 0})()
+    flow.task = lambda batch, batch_idx: task
+    flow.zero_grad()
+    (factor * flow.training_step(given, 0)).backward()
+    return [[p.grad for p in net.parameters()] for net in (flow.net, flow.denoiser)]
+
+
+@pytest.mark.parametrize(("penalty", "factor"), [(0.0, 1.0), (3.0, 1.0), (0.0, 256.0)])
+def test_the_denoiser_learns_tweedies_step_and_the_flow_its_likelihood_alone(penalty, factor):
+    flow = clips(noise=0.5, penalty=penalty)
+    given = {"video": torch.randn(4, 3, 2, 2, 3, generator=torch.Generator().manual_seed(0)), "index": torch.arange(4)}
+    of_flow, of_denoiser = stepped(flow, given, factor=factor)
+    flow.zero_grad()
+    (factor * flow.losses(given, draws()).mean()).backward()
+    x, _ = flow.noisy(given, draws())
+    step = x - flow.tweedie(x)
+    loss = (flow.score(x, None) - step / 0.3).square().mean()
+    (factor * loss).backward()
+    torch.testing.assert_close(flow.matching.loss, loss.detach(), rtol=1e-4, atol=0)
+    for found, net in ((of_flow, flow.net), (of_denoiser, flow.denoiser)):
+        for grad, parameter in zip(found, net.parameters(), strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-5 * factor)
+
+
+def test_steps_train_clips_without_their_first_frame_and_after_their_last_with_the_captions_tag():
+    video = torch.randn(2, 3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    given, flow = {"video": video, "index": torch.arange(2)}, clips(noise=0.0)
+    last = flow.data({**given, "task": "last"}, draws(2))
+    assert torch.equal(last, video[:, [2, 0, 1]])
+    _, without = stepped(flow, given, "extend")
+    _, expected = stepped(flow, {**given, "video": video[:, 1:]})
+    for one, other in zip(without, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    both = flow.data({**given, "source": -video}, draws(2))
+    assert torch.equal(both, torch.cat([-video, video], 1))
+    with pytest.raises(UserError, match="last_frame: batches hold latents"):
+        flow.data({"latent": video, "task": "last"}, draws(2))
+
+
+def test_tasks_come_in_their_shares_and_alike_on_all_ranks():
+    flow = clips(first_frame_dropout=0.25, last_frame=0.5)
+    flow._trainer = type("Trainer", (), {"current_epoch": 3})()
+    tasks = [flow.task({"video": torch.zeros(1, 3, 2, 2, 3)}, step) for step in range(400)]
+    shares = [tasks.count(task) / 400 for task in ("plain", "extend", "last")]
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.06)
+    assert tasks == [flow.task({"latent": torch.zeros(5, 3, 2, 2, 3)}, step) for step in range(400)]
+    assert {flow.task({"image": torch.zeros(1, 2, 2, 3)}, step) for step in range(20)} == {"plain"}
+
+
+class Words(TextEncoder):
+    """Remembers what it was asked for; images are marked."""
+
+    dim = 32
+
+    def __init__(self, mark=""):
+        self.mark, self.seen = mark, []
+
+    def __call__(self, texts, device="cpu"):
+        self.seen.append([self.mark + text for text in texts])
+        return torch.full((len(texts), 2, 32), float(len(self.mark)))
+
+    def of_images(self):
+        return Words("image of ")
+
+
+def prompted(**options):
+    net = shaken(Net((3, 2, 2, 3), text_dim=32, **SMALL))
+    flow = STARFlowV(net, torch.optim.AdamW, text=Words(), inverse=Sequential(), **options)
+    net.null_text = torch.ones(2, 32)
+    return flow
+
+
+def test_captions_are_tagged_by_task_and_told_of_images():
+    flow = prompted()
+    text, video = {"text": ["a dog", "a cat"]}, {"video": torch.zeros(2, 3, 2, 2, 3)}
+    flow.condition({**text, **video, "task": "extend"})
+    flow.condition({**text, **video, "source": video["video"]})
+    flow.condition({**text, **video})
+    expected = [[f"{tag}a dog", f"{tag}a cat"] for tag in ("(extend) ", "(v2v) ", "")]
+    assert flow.prompted.text.seen == expected
+    images = {**text, "image": torch.zeros(2, 2, 2, 3)}
+    cond = flow.condition(images)
+    assert flow.of_images.text.seen == [["image of a dog", "image of a cat"]]
+    dropped = flow.dropped(cond, torch.tensor([True, False]), images)
+    assert flow.of_images.text.seen[1:] == [["image of "]]
+    assert torch.equal(dropped, cond)
+    assert torch.equal(flow.dropped(cond, torch.tensor([True, False]), video)[0], torch.ones(2, 32))
+
+
+@torch.no_grad()
+def test_windows_after_the_first_are_of_clips_that_go_on():
+    flow = prompted(window=2, context=1, noise=0.0)
+    flow.sample(2, prompt="a dog", frames=4, generator=torch.Generator().manual_seed(0))
+    assert flow.prompted.text.seen == [["a dog"] * 2, ["(extend) a dog"] * 2]
+    untrained = prompted(window=2, context=1, noise=0.0, first_frame_dropout=0.0)
+    untrained.sample(2, prompt="a dog", frames=4)
+    assert untrained.prompted.text.seen == [["a dog"] * 2]
+    z = torch.randn(1, 4, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    first, other = torch.zeros(1, 2, 32), torch.ones(1, 2, 32)
+    plain, later = flow.decode(z, cond=first), flow.decode(z, cond=first, later=other)
+    assert torch.equal(plain[:, :2], later[:, :2])
+    assert (plain[:, 2:] - later[:, 2:]).abs().max() > 1e-4
 
 
 @torch.no_grad()
