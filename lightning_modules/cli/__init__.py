@@ -26,6 +26,7 @@ resume       penstock fit ckpt_path=runs/.../checkpoints/last.ckpt
 look
   sample     penstock sample ckpt_path=runs/.../checkpoints/last.ckpt n=64 steps=4
   pairs      penstock pairs ckpt_path=runs/.../checkpoints/last.ckpt n=6000 steps=20
+  encode     penstock encode experiment=starflow_t2i_256 out=latents
   compare    penstock compare runs/a runs/b
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
@@ -64,6 +65,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.pairs import run_pairs
 
         return run_pairs(words)
+    if verb == "encode":
+        from penstock.lightning_modules.cli.encode import run_encode
+
+        return run_encode(words)
     if verb in ("fit", "validate", "test", "predict"):
         if "-m" in words or "--multirun" in words:
             from penstock.lightning_modules.cli.sweep import run_sweep
@@ -72,7 +77,7 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.verbs import run_verb
 
         return run_verb(verb, words)
-    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "compare", "list")
+    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "compare", "list")
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 

@@ -1,4 +1,4 @@
-"""Parts of a pipeline's folder or hub repository, each read by its own library, imported where it is used."""
+"""Parts of a pipeline's folder or hub repository, or a model alone in one, read by its library where it is used."""
 
 import importlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def part(path: str, name: str, library: str, kind: str, since: str = "", **optio
 
     Args:
         path: Folder or hub name.
-        name: Of the part, a folder in `path`.
+        name: Of the part, a folder in `path`; empty where `path` is that part.
         library: That reads it.
         kind: Class in that library.
         since: Version from which on the library has it.
@@ -24,21 +24,24 @@ def part(path: str, name: str, library: str, kind: str, since: str = "", **optio
             fetched.
     """
     loader = _loader(name, library, kind, since)
-    return _read(path, name, lambda source: loader.from_pretrained(source, subfolder=name, **options))
+    options |= {"subfolder": name} if name else {}
+    return _read(path, name, lambda source: loader.from_pretrained(source, **options))
 
 
 def class_name(path: str, name: str) -> str:
     """The class of diffusers that the part `name` says it is of; errors as `part`."""
     loader = _loader(name, "diffusers", "AutoencoderKL", "")
-    return str(_read(path, name, lambda source: loader.load_config(source, subfolder=name)).get("_class_name", ""))
+    options = {"subfolder": name} if name else {}
+    return str(_read(path, name, lambda source: loader.load_config(source, **options)).get("_class_name", ""))
 
 
 def _loader(name: str, library: str, kind: str, since: str) -> Any:
     try:
         found = getattr(importlib.import_module(library), kind, None)
     except ImportError as error:
+        what = f"'{name}' of a pipeline" if name else kind
         raise UserError(
-            f"'{name}' of a pipeline needs {library}, which is not installed: pip install 'penstock[text2image]'"
+            f"{what} needs {library}, which is not installed: pip install 'penstock[text2image]'"
         ) from error
     if found is None:
         raise UserError(f"{kind} needs {library} {since} or later: pip install -U {library}")
@@ -47,14 +50,15 @@ def _loader(name: str, library: str, kind: str, since: str) -> Any:
 
 def _read(path: str, name: str, read: Callable[[str], Any]) -> Any:
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / name).is_dir():
-        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
-        raise UserError(f"{folder}: no '{name}' in it; found {found}, expected a diffusers folder with {name}/")
+    kind = f"a diffusers folder with {name}/" if name else "a folder with config.json and weights"
+    if folder.is_dir() and not (folder / (name or "config.json")).exists():
+        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir() or not name)) or "no folders"
+        raise UserError(f"{folder}: no '{name or 'config.json'}' in it; found {found}, expected {kind}")
     if not folder.is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise UserError(f"{path}: no such folder; expected a diffusers folder or a hub name like owner/model")
+        raise UserError(f"{path}: no such folder; expected {kind.partition(' with')[0]} or a hub name like owner/model")
     try:
         return read(str(folder) if folder.is_dir() else path)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         where = "cannot be read" if folder.is_dir() else "is no local folder and cannot be fetched from the hub"
-        raise UserError(f"{path}: {name} {where} ({reason}); expected a diffusers folder with {name}/") from error
+        raise UserError(f"{path}: {name or 'model'} {where} ({reason}); expected {kind}") from error
