@@ -53,7 +53,7 @@ class AutoregressiveModule(LightningModule):
     Attributes:
         nfe: Calls of blocks that the last samples took, all blocks together; one after the other, so a matter of time.
         traces: What each block took, deep one first.
-        told: Gets the tokens of a sequence that are done, and the calls they took, as samples are made; None is nobody.
+        told: Gets the tokens that are done, and the calls they took, as samples are made; None is nobody.
 
     Raises:
         ValueError: an option out of its range.
@@ -113,8 +113,12 @@ class AutoregressiveModule(LightningModule):
         if self.prompted is None:
             check_data(self.net, self.num_classes, data)
         else:
-            self.net.null_text = self.prompted.text([""])[0]
+            self._know_null_text()
             self.prompted.fits(self.net, data)
+
+    def _know_null_text(self) -> None:
+        if self.prompted is not None and self.net.null_text is None:
+            self.net.null_text = self.prompted.text([""], self.device)[0]
 
     def precheck(self, data: Any) -> None:
         """Called before `data` is prepared: refuses early what `setup` would refuse later."""
@@ -246,6 +250,7 @@ class AutoregressiveModule(LightningModule):
             if prompt is not None:
                 raise UserError(f"prompt={prompt}: the model takes no text")
             return cond
+        self._know_null_text()
         if prompt is not None:
             cond = [prompt] * n
         if tag is not None and cond is not None and not (isinstance(cond, Tensor) and cond.is_floating_point()):

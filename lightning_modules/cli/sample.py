@@ -52,6 +52,7 @@ def run_sample(words: list[str]) -> int:
 
     from penstock.lightning_modules.bellman import folder_of, sampling_grid
     from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
+    from penstock.lightning_modules.decoding_bar import decoding_bar
 
     try:
         solver = options.get("solver")
@@ -86,7 +87,7 @@ def run_sample(words: list[str]) -> int:
         if isinstance(asked, Bellman):
             sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
         parts, start = [], time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), decoding_bar(model, options["n"], extra.get("frames")):
             for first in range(0, options["n"], options["batch"]):
                 size = min(options["batch"], options["n"] - first)
                 part = None if cond is None else cond[first : first + size]
@@ -95,6 +96,11 @@ def run_sample(words: list[str]) -> int:
         report = {"n": options["n"], "steps": steps} | ({"solver": solver} if solver else {})
         report |= extra | ({"labels": options["labels"]} if "labels" in options else {})
         report |= {"network_calls": model.nfe, "device": str(device), "seconds_per_sample": seconds / options["n"]}
+        if traces := getattr(model, "traces", []):
+            report |= {
+                "calls_of_blocks": [t.calls for t in traces],
+                "unfinished_chunks": sum(t.unfinished for t in traces),
+            }
         report |= {"checkpoint": str(path), "seed": options.get("seed", 0)}
         with together("sample", out) as folder:
             write_samples(torch.cat(parts), cond, folder)

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from penstock.kernels.jacobi import update
+
 Laws = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 Told = Callable[[int, int], None]
 Agreed = Callable[[Tensor], Tensor]
@@ -59,7 +61,7 @@ class Inverse(Protocol):
             z: Noise `(B, D, C)`.
             frame: Tokens of a frame.
             known: Tokens `(B, K, C)`, K <= D, that the sequence begins with, whatever their noise.
-            told: Gets the number of tokens, and of the network calls they took, whenever some are done.
+            told: Gets the number of tokens of all sequences, and of the calls they took, whenever some are done.
             agreed: Makes of "this rank is done", a bool tensor, that all are, where ranks have to make the same calls.
         """
         ...
@@ -102,7 +104,7 @@ class Sequential:
             mu, sigma = laws(x[:, i : i + 1], i)
             x[:, i + 1 : i + 2] = mu + sigma * z[:, i : i + 1]
             if told is not None:
-                told(1, 1)
+                told(len(z), 1)
         left = z.shape[1] - start
         return x[:, 1:], Trace([1] * left, [0.0] * left)
 
@@ -165,7 +167,7 @@ class Jacobi:
             trace.residuals.append(residual)
             trace.unfinished += end - place > sweeps and residual >= self.tolerance > 0
             if told is not None:
-                told(end - place, sweeps)
+                told(len(z) * (end - place), sweeps)
             clean, place = place if self.refresh else end, end
         return x[:, 1:], trace
 
@@ -185,11 +187,7 @@ class Jacobi:
         for sweep in range(1, most + 1):
             from_ = clean if sweep == 1 else place
             mu, sigma = (value[:, place - from_ :] for value in laws(x[:, from_:end], from_))
-            new = mu + sigma * z[:, place:end]
-            if self.clamp:
-                new = new.clamp(-self.clamp, self.clamp)
-            residual = (new - x[:, place + 1 : end + 1]).square().mean() / new.square().mean()
-            x[:, place + 1 : end + 1] = new
+            residual = update(x[:, place + 1 : end + 1], mu, sigma, z[:, place:end], self.clamp)
             done = residual < self.tolerance
             if sweep == most or bool(done if agreed is None else agreed(done)):
                 return sweep, float(residual)

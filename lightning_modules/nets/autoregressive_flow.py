@@ -92,6 +92,12 @@ class AutoregressiveFlow(nn.Module):
         x = x.flatten(-2).flatten(-3, -2)
         return x if video else x[:, 0]
 
+    def tokens_of_a_sample(self, frames: int | None = None) -> int:
+        """Tokens that one sample takes in all blocks together; `frames` of a clip instead of the network's own."""
+        *time, _, height, width = self.shape
+        frames = frames or (time[0] if time else 1)
+        return frames * (height // self.patch) * (width // self.patch) * len(self.blocks)
+
     def guided(self, block: int) -> bool:
         """Whether a block has a condition, and so another law without it."""
         return bool(self.blocks[block].text_dim)

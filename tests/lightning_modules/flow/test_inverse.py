@@ -31,7 +31,7 @@ class Told:
         self.tokens, self.sweeps = [], []
 
     def __call__(self, tokens, sweeps):
-        self.tokens.append(tokens)
+        self.tokens.append(tokens // BATCH)
         self.sweeps.append(sweeps)
 
 
