@@ -1,37 +1,18 @@
 """A block of an autoregressive affine flow: every token's law follows from those before it (arXiv 2506.06276)."""
 
-import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.kernels.affine import Scale, encode, moments
 from penstock.lightning_modules.nets.causal_transformer import Cache, Layer, RMSNorm, Turn, plain_layer
 from penstock.lightning_modules.nets.rotary import Rotary
 
 Grid = tuple[int, int, int]
-Scale = Literal["softplus", "exp", "one"]
 Guidance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-AT_ZERO = math.log(math.e - 1)
-
-
-def moments(raw: Tensor, scale: Scale = "softplus", soft_clip: float = 4.0) -> tuple[Tensor, Tensor]:
-    """`mu` and `sigma` `(..., C)` of a network's output `(..., 2 C)`, whose first half is the scale's.
-
-    Args:
-        raw: The output.
-        scale: `sigma = softplus(a + log(e - 1))`, 1 at a = 0, or `exp(a)`, or 1 always, with an output `(..., C)`.
-        soft_clip: c of `c tanh(raw / c)`, which bounds both; 0 is none.
-    """
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    if soft_clip:
-        raw = soft_clip * torch.tanh(raw / soft_clip)
-    if scale == "one":
-        return raw, torch.ones_like(raw)
-    a, mu = raw.chunk(2, -1)
-    return mu, F.softplus(a + AT_ZERO) if scale == "softplus" else a.exp()
 
 
 class Encoded(NamedTuple):
@@ -59,7 +40,7 @@ class AutoregressiveBlock(nn.Module):
         depth: Its layers.
         rotary: Encoding of places; None is none.
         text_dim: Numbers of a text token; 0 is no text.
-        scale: See `moments`.
+        scale: See `kernels.affine.moments`.
         soft_clip: See there.
         start_token: Whether s is learned; else the first token stays as it is, and stands for s.
         final_norm: Whether an RMS norm comes before the last linear layer.
@@ -115,11 +96,10 @@ class AutoregressiveBlock(nn.Module):
             x = layer(x, turn, layer=i)
         x = self.final_norm(x)
         raw = self.proj_out(x[:, length:])
-        mu, sigma = moments(raw, self.scale, self.soft_clip)
-        z, logdet = (rest - mu) / sigma, -sigma.log()
+        z, logdet = encode(raw, rest, self.scale, self.soft_clip)
         if self.sos_embed is None:
             z, logdet = torch.cat([first, z], 1), F.pad(logdet, (0, 0, 1, 0))
-        return Encoded(z.to(u.dtype), logdet, raw, x[:, :length] if length else None)
+        return Encoded(z, logdet, raw, x[:, :length] if length else None)
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """What the first law follows from, `(B, 1, C)`, and the tokens that have laws."""

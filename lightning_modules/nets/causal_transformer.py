@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from penstock.lightning_modules.nets.rotary import rotate
+from penstock.kernels.cached_attention import cached_attention
+from penstock.kernels.rotary import rotate
 
 Norm = Literal["layer", "rms"]
 Turn = tuple[Tensor, Tensor]
@@ -34,7 +35,7 @@ def _norm(kind: Norm, dim: int) -> nn.Module:
 
 
 class Cache:
-    """Keys before rotation and values of all layers, `(layers, B, heads, length, head_dim)`, filled from the front.
+    """Rotated keys and values of all layers, `(layers, B, heads, length, head_dim)`, filled from the front.
 
     Args:
         layers: Number of layers.
@@ -63,8 +64,26 @@ class Cache:
         self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.start = 0
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes `(B, heads, n, head_dim)` of a layer at `start`; returns all up to there, in the dtype of `key`.
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        turn: Turn | None = None,
+        halves: bool = False,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Writes tokens of a layer at `start`; each sees what is before them, itself and those before it.
+
+        Args:
+            layer: Which.
+            query: Before rotation `(B, all heads, n, head_dim)`.
+            key: Before rotation `(B, heads, n, head_dim)`.
+            value: Of the same shape.
+            turn: See `Attention`.
+            halves: See there.
+            temperature: See there.
 
         Raises:
             ValueError: the cache is too short.
@@ -72,9 +91,10 @@ class Cache:
         end = self.start + key.shape[2]
         if end > self.keys.shape[3]:
             raise ValueError(f"Cache: {end} tokens, expected at most {self.keys.shape[3]}")
-        for store, new in ((self.keys, key), (self.values, value)):
-            store[layer, :, :, self.start : end] = new
-        return self.keys[layer, :, :, :end].to(key.dtype), self.values[layer, :, :, :end].to(key.dtype)
+        keys, values = self.keys[layer], self.values[layer]
+        return cached_attention(
+            query, key, value, keys, values, self.start, *(turn or (None, None)), halves, temperature
+        )
 
 
 class Attention(nn.Module):
@@ -136,10 +156,13 @@ class Attention(nn.Module):
         Args:
             x: Tokens; with a cache, those after what is in it.
             turn: Cosines and sines `(at least N, head_dim / 2)` of all N places, those in the cache included.
-            mask: `(n, N)`, true where a query (row) may see a key; None is causal, or with `causal` off, none.
-            cache: What earlier tokens left.
+            mask: `(n, n)`, true where a query (row) may see a key; None is causal, or with `causal` off, none.
+            cache: What earlier tokens left; the attention is causal.
             layer: Which of the cache's layers this is.
             temperature: `(B, 1, 1, 1)`, which divides the logits of a sample.
+
+        Raises:
+            ValueError: a cache, and a mask or `causal` off.
         """
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -147,23 +170,21 @@ class Attention(nn.Module):
         )
         query, key = self.query_norm(query), self.key_norm(key)
         if cache is not None:
-            key, value = cache.extend(layer, key, value)
-        n, total = query.shape[2], key.shape[2]
+            if mask is not None or not self.causal:
+                raise ValueError("Attention: a cache is for causal attention without a mask")
+            found = cache.attend(layer, query, key, value, turn, self.halves, temperature)
+            return self.post_norm(self.proj(found.transpose(1, 2).flatten(2)))
         if temperature is not None:
             query = query / temperature
         if turn is not None:
-            cos, sin = turn
-            query = rotate(query, cos[total - n : total], sin[total - n : total], self.halves).to(value.dtype)
-            key = rotate(key, cos[:total], sin[:total], self.halves).to(value.dtype)
-        causal = self.causal and mask is None and n == total
-        if self.causal and mask is None and 1 < n < total:
-            mask = torch.ones(n, total, dtype=torch.bool, device=x.device).tril(total - n)
+            cos, sin = (table[: query.shape[2]] for table in turn)
+            query, key = (rotate(x, cos, sin, self.halves) for x in (query, key))
         found = F.scaled_dot_product_attention(
-            query,
+            query.to(value.dtype),
             key,
             value,
             attn_mask=mask,
-            is_causal=causal,
+            is_causal=self.causal and mask is None,
             scale=self.head_dim**-0.5,
             enable_gqa=self.kv_heads != self.heads,
         )

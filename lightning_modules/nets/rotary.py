@@ -77,18 +77,3 @@ class Rotary:
 
 def _frequencies(number: int, size: int, step: int) -> Tensor:
     return 10000.0 ** (-step * torch.arange(number, dtype=torch.float64) / size)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, halves: bool = False) -> Tensor:
-    """Rotates pairs of features of `x` `(..., N, h)` by angles whose cosines and sines are `(N, h / 2)`.
-
-    Args:
-        x: Queries or keys.
-        cos: Cosines.
-        sin: Sines.
-        halves: Whether feature i is paired with `i + h / 2`, or with its neighbour.
-    """
-    pairs = x.unflatten(-1, (2, -1)) if halves else x.unflatten(-1, (-1, 2))
-    first, second = pairs.unbind(-2 if halves else -1)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)

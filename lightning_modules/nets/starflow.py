@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock, Scale
+from penstock.kernels.affine import Scale
+from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow, Order, check_shape
 from penstock.lightning_modules.nets.causal_transformer import Layer, gemma_layer, plain_layer
 from penstock.lightning_modules.nets.rotary import Rotary
@@ -29,7 +30,7 @@ class STARFlow(AutoregressiveFlow):
         order: See `AutoregressiveFlow`.
         frame_local: See there.
         side: Rows and columns of tokens in training, see `Rotary`; None is the root of their number in `shape`.
-        scale: See `autoregressive.moments`.
+        scale: See `kernels.affine.moments`.
         soft_clip: See there.
         deep: `gemma2_2b`, `gemma3_1b`, `gemma3_4b`: the deep block is that language model, whose embeddings are the
             text; its depth is `depths[-1]` and its width `deep_dim`.

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from penstock.kernels.affine import AT_ZERO, moments
 from penstock.lightning_modules.flow.affine import ScoreGuidance, nll
 from penstock.lightning_modules.flow.inverse import Jacobi, Sequential
-from penstock.lightning_modules.nets.autoregressive import AT_ZERO, AutoregressiveBlock, Decoder, moments
+from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock, Decoder
 from penstock.lightning_modules.nets.rotary import Rotary
 from penstock.lightning_modules.nets.starflow import plain
 

@@ -86,12 +86,14 @@ def test_chunks_against_a_cache_are_one_pass(make, chunks):
     torch.testing.assert_close(run(x[:, 2:5], cache), run(x)[:, 2:5])
 
 
-def test_the_cache_holds_keys_before_they_are_rotated():
+def test_the_cache_holds_rotated_keys():
     net, x = attention(), tokens()
     cache = Cache(1, 2, 2, TOKENS, HEAD, dtype=torch.float64)
     net(x, turn(), cache=cache)
-    keys = net.qkv(net.norm(x)).unflatten(-1, (3, 2, HEAD))[:, :, 1].transpose(1, 2)
-    torch.testing.assert_close(cache.keys[0], keys)
+    keys, values = net.qkv(net.norm(x)).unflatten(-1, (3, 2, HEAD)).permute(2, 0, 3, 1, 4)[1:]
+    pairs = torch.view_as_complex(keys.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*turn())
+    torch.testing.assert_close(cache.keys[0], torch.view_as_real(pairs).flatten(-2))
+    torch.testing.assert_close(cache.values[0], values)
 
 
 def test_a_cache_of_half_precision():
@@ -107,6 +109,12 @@ def test_a_cache_that_is_too_short():
     cache = Cache(1, 2, 2, TOKENS - 1, HEAD, dtype=torch.float64)
     with pytest.raises(ValueError, match="Cache: 7 tokens, expected at most 6"):
         attention()(tokens(), cache=cache)
+
+
+def test_a_cache_and_a_mask():
+    cache = Cache(1, 2, 2, TOKENS, HEAD, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a cache is for causal attention without a mask"):
+        attention()(tokens(), mask=torch.ones(TOKENS, TOKENS, dtype=torch.bool), cache=cache)
 
 
 def test_a_width_that_heads_do_not_share():

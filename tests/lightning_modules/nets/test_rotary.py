@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from penstock.lightning_modules.nets.rotary import Rotary, rotate
+from penstock.kernels.rotary import reference as rotate
+from penstock.lightning_modules.nets.rotary import Rotary
 
 GRIDS = (
     *("frame_local_T1", "img_3x5_text", "img_no_text_tokens", "img_square_text", "pure_2d"),

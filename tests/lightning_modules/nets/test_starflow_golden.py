@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_files import TOLERANCE
 
+from penstock.kernels import rotary
 from penstock.lightning_modules.flow.affine import ScoreGuidance, nll
 from penstock.lightning_modules.flow.inverse import Jacobi, Sequential, Trace, prepared
 from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock, Decoder
@@ -310,7 +311,8 @@ def test_image_to_video(record):
         prepared(laws, deep.split(z)[0], z, u.flatten(1, 2))
     filled = laws.cache.start + 6
     case.same(torch.full((2,), filled), "cache_len")
-    case.same(laws.cache.keys[0, :, :, :filled], "deep_cache_k_layer0_unrotated")
+    keys, places = laws.cache.keys[0, :, :, :filled], [table[:filled] for table in laws.turn]
+    case.same(rotary.reference(keys, *places, back=True), "deep_cache_k_layer0_unrotated")
 
 
 def test_long_rollout(record):
