@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def class_name(path: str, name: str) -> str:
     loader = _loader(name, "diffusers", "AutoencoderKL", "")
     options = {"subfolder": name} if name else {}
     return str(_read(path, name, lambda source: loader.load_config(source, **options)).get("_class_name", ""))
+
+
+def autoencoder(path: str) -> tuple[str, str]:
+    """Where the autoencoder of `path` lies, `vae` or the empty string, and its class.
+
+    A pipeline's part `vae` comes first. Only where there is none may `path` be an autoencoder alone, as those of
+    stabilityai/sd-vae-ft-ema.
+
+    Raises:
+        UserError: as `part`, for `vae`.
+    """
+    alone = Path(path).expanduser()
+    if alone.is_dir():
+        name = "" if (alone / "config.json").is_file() and not (alone / "vae").is_dir() else "vae"
+        return name, class_name(path, name)
+    try:
+        return "vae", class_name(path, "vae")
+    except UserError:
+        with suppress(UserError):
+            return "", class_name(path, "")
+        raise
 
 
 def _loader(name: str, library: str, kind: str, since: str) -> Any:

@@ -57,11 +57,10 @@ class Latents(Autoencoder):
     for those of Qwen-Image and Wan.
 
     Args:
-        path: Folder or hub name with `vae/`.
+        path: Folder or hub name of a pipeline with `vae/`, or of an autoencoder alone.
         chunk: Images or videos that are encoded or decoded at once.
         dtype: Of the autoencoder's weights; data come and go as float32.
         posterior: What images are encoded to where the encoder is a distribution: a sample of it, or always its mean.
-        subfolder: The autoencoder's folder in `path`; empty where `path` is an autoencoder by itself.
         later_frames: Factor of all frames of a clip's code but the first: 0.6 for STARFlow-V (arXiv 2511.20462).
         statistics: Folder of cached latents (`penstock encode`) whose channels' means and deviations, over the training
             data, become 0 and 1; None leaves the space as the autoencoder's configuration says.
@@ -80,15 +79,13 @@ class Latents(Autoencoder):
         chunk: int = 8,
         dtype: Literal["float32", "bfloat16"] = "float32",
         posterior: Literal["sample", "mean"] = "sample",
-        subfolder: str = "vae",
         later_frames: float = 1.0,
         statistics: str | None = None,
         tuned: str | None = None,
     ):
-        name = folders.class_name(path, subfolder)
+        subfolder, name = folders.autoencoder(path)
         if name not in KINDS:
-            what = f"{subfolder or 'it'} is a '{name}'{did_you_mean(name, KINDS)}"
-            raise UserError(f"{path}: {what}, expected one of {', '.join(KINDS)}")
+            raise UserError(f"{path}: vae is a '{name}'{did_you_mean(name, KINDS)}, expected one of {', '.join(KINDS)}")
         if not 0 < later_frames < float("inf"):
             raise UserError(f"model.autoencoder.later_frames: found {later_frames}, expected a number above 0")
         self.kind, self.chunk, self.posterior, self.later_frames = KINDS[name], chunk, posterior, later_frames
