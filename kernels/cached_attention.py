@@ -144,7 +144,8 @@ def _triton(query, key, value, keys, values, start, cos, sin, halves, temperatur
                 query = rotary._triton(query, cos[:n], sin[:n], halves, False)
             return _sdpa(query.to(value.dtype), keys[:, :, :end], values[:, :, :end], None, True)
         height = min(64, 8192 // padded, max(16, 1 << (share * n - 1).bit_length()))
-        width = min(64, 4096 // padded)
+        wide = padded * keys.element_size()
+        width = min(64, max(16, 8192 // wide))
         blocks = math.ceil(share * n / height)
         parts = _parts(blocks * batch * groups, math.ceil(end / width), query.device)
         length = math.ceil(end / parts / width) * width
@@ -158,7 +159,7 @@ def _triton(query, key, value, keys, values, start, cos, sin, halves, temperatur
             query, keys, values, cos, sin, temperature, found, tops, sums, heads, groups, n, start, length,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             SCALE=size**-0.5 / math.log(2), SHARE=share, HEIGHT=height, WIDTH=width, SPLIT=parts > 1,
-            HEATED=temperature is not None, **rotated,
+            HEATED=temperature is not None, num_stages=2 if wide >= 512 else 3, **rotated,
         )  # fmt: skip
         if parts > 1:
             rows = batch * heads * n

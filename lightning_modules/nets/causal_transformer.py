@@ -1,10 +1,13 @@
 """Causal transformers over text and tokens, with a cache of keys and values for decoding."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from penstock.kernels.cached_attention import cached_attention
 from penstock.kernels.rotary import rotate
@@ -146,7 +149,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         turn: Turn | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: Cache | None = None,
         layer: int = 0,
         temperature: Tensor | None = None,
@@ -156,7 +159,8 @@ class Attention(nn.Module):
         Args:
             x: Tokens; with a cache, those after what is in it.
             turn: Cosines and sines `(at least N, head_dim / 2)` of all N places, those in the cache included.
-            mask: `(n, n)`, true where a query (row) may see a key; None is causal, or with `causal` off, none.
+            mask: `(n, n)`, true where a query (row) may see a key, or the blocks of one for FlexAttention; None is
+                causal, or with `causal` off, none.
             cache: What earlier tokens left; the attention is causal.
             layer: Which of the cache's layers this is.
             temperature: `(B, 1, 1, 1)`, which divides the logits of a sample.
@@ -179,16 +183,22 @@ class Attention(nn.Module):
         if turn is not None:
             cos, sin = (table[: query.shape[2]] for table in turn)
             query, key = (rotate(x, cos, sin, self.halves) for x in (query, key))
-        found = F.scaled_dot_product_attention(
+        query, options = (
             query.to(value.dtype),
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=self.causal and mask is None,
-            scale=self.head_dim**-0.5,
-            enable_gqa=self.kv_heads != self.heads,
+            {"scale": self.head_dim**-0.5, "enable_gqa": self.kv_heads != self.heads},
         )
+        if isinstance(mask, BlockMask):
+            found = _flex(query.is_cuda)(query, key, value, block_mask=mask, **options)
+        else:
+            causal = self.causal and mask is None
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, **options)
         return self.post_norm(self.proj(found.transpose(1, 2).flatten(2)))
+
+
+@cache
+def _flex(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention, which is sparse only once it is compiled; as it is, it runs on the CPU, without gradients."""
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 class Mlp(nn.Module):
@@ -245,7 +255,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         turn: Turn | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: Cache | None = None,
         layer: int = 0,
         temperature: Tensor | None = None,

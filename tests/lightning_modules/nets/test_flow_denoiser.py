@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from penstock.lightning_modules.nets.flow_denoiser import FlowDenoiser, frame_mask
+from penstock.kernels import dispatch
+from penstock.lightning_modules.nets import flow_denoiser
+from penstock.lightning_modules.nets.flow_denoiser import BLOCK, FlowDenoiser, frame_blocks, frame_mask
 
 
 def released(case, ahead=1, window=10):
@@ -110,3 +112,79 @@ def test_text_is_optional_and_matters():
     assert (denoised(net, x, text) - denoised(net, x, -text)).abs().amax((0, 2, 3, 4)).min() > 1e-3
     without = FlowDenoiser(3, 32, 1, 32).double()
     assert denoised(without, x, None).shape == x.shape
+
+
+RULES = [(1, 10, True), (0, 10, True), (1, 2, False), (1, None, True), (3, 1, False)]
+
+
+@pytest.mark.parametrize(("ahead", "window", "reads"), RULES)
+@pytest.mark.parametrize(("frames", "size", "text"), [(13, 70, 40), (4, 128, 128), (1, 300, 0), (21, 11, 5)])
+def test_blocks_are_those_of_the_dense_mask(frames, size, text, ahead, window, reads):
+    given = (frames, size, text, ahead, window, reads)
+    dense, blocks = frame_mask(*given), frame_blocks(*given)
+    n = len(dense)
+    index = torch.arange(n)
+    assert torch.equal(blocks.mask_mod(0, 0, index[:, None], index[None]), dense)
+    padded = torch.nn.functional.pad(dense, (0, -n % BLOCK, 0, -n % BLOCK))
+    tiles = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3))
+    for number, order, expected in (
+        (blocks.kv_num_blocks, blocks.kv_indices, (tiles > 0) & (tiles < BLOCK**2)),
+        (blocks.full_kv_num_blocks, blocks.full_kv_indices, tiles == BLOCK**2),
+    ):
+        found = [sorted(row[:k].tolist()) for row, k in zip(order[0, 0], number[0, 0].tolist())]
+        assert found == [row.nonzero().flatten().tolist() for row in expected]
+
+
+def test_blocks_of_the_released_clip_are_few_and_take_little_memory():
+    blocks = frame_blocks(21, 30 * 53, 256, 1, 10, True)
+    assert blocks.shape[-2:] == (33646, 33646)
+    assert 50 < blocks.sparsity() < 60
+    assert blocks.kv_num_blocks.sum() < 0.2 * blocks.full_kv_num_blocks.sum()
+    tables = [blocks.kv_indices, blocks.full_kv_indices, blocks.q_indices, blocks.full_q_indices]
+    assert sum(x.nbytes for x in tables) < 2e6
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("sight", ["first_layer", "every_layer"])
+def test_blocks_and_the_dense_mask_make_the_same(monkeypatch, sight):
+    monkeypatch.setattr(flow_denoiser, "SPARSE", 1)
+    monkeypatch.setattr("penstock.kernels.rotary.use_triton", lambda x: False)
+    masks, given = [], frame_blocks
+    monkeypatch.setattr(flow_denoiser, "frame_blocks", lambda *a: masks.append(given(*a)) or masks[-1])
+    x = torch.randn(1, 7, 3, 5, 6, generator=torch.Generator().manual_seed(1))
+    net, text = random_net(2, sight=sight, window=2).float(), torch.ones(1, 3, 5)
+    dense = denoised(net, x, text)
+    with dispatch.backend("triton"):
+        sparse = denoised(net, x, text)
+    assert len(masks) == 2
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+    assert (dense - denoised(random_net(2, sight=sight, window=3).float(), x, text)).abs().max() > 1e-2
+
+
+def test_masks_are_kept_and_may_be_made_during_validation():
+    net, (x, text) = random_net(), clip(9)
+    with torch.inference_mode():
+        denoised(net, x, text)
+    made = frame_mask.cache_info().misses
+    denoised(net, x, text).sum().backward()
+    assert frame_mask.cache_info().misses == made
+    assert net.proj_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_on_cuda():
+    torch.manual_seed(0)
+    net = FlowDenoiser(3, 128, 2, 64, 5, 4, window=2)
+    torch.nn.init.normal_(net.proj_out.weight, std=0.2)
+    x, text = torch.randn(1, 13, 3, 12, 15), torch.ones(1, 3, 5)
+    grads = []
+    for backend in ("reference", "triton"):
+        net.zero_grad()
+        with dispatch.backend(backend):
+            found = denoised(net.cuda(), x.cuda(), text.cuda())
+        found.square().sum().backward()
+        grads.append((found.detach(), net.proj_in.weight.grad.clone()))
+    for dense, sparse in zip(*grads):
+        torch.testing.assert_close(sparse, dense, rtol=1e-2, atol=1e-2)
