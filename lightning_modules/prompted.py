@@ -46,7 +46,7 @@ class Prompted:
                 f"the data's {shape}"
             )
         try:
-            net.drop_condition(self.text(["a"]), torch.tensor([False]))
+            net.drop_condition(self.text([""]), torch.tensor([False]))
         except ValueError as error:
             raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
 
