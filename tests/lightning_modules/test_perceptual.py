@@ -9,11 +9,14 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.functional.image import lpips as reference
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.transforms.functional import normalize, resize
 
+from penstock.lightning_modules import perceptual
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.losses import Regression
 from penstock.lightning_modules.flow.premetrics import PerceptualHuber
-from penstock.lightning_modules.perceptual import LPIPS
+from penstock.lightning_modules.perceptual import IMAGENET, LPIPS, Logits
 from penstock.lightning_modules.rectified_flow import RectifiedFlow
 
 SQUEEZE = Path(__file__).resolve().parents[3] / "shared/weights/squeezenet1_1_imagenet_fp16.safetensors"
@@ -149,3 +152,26 @@ def test_a_run_is_refused_before_it_starts(tmp_path):
     flow.setup("predict")
     with pytest.raises(UserError, match=r"no weights file .*none\.pth"):
         flow.setup("fit")
+
+
+def test_logits_are_those_of_torchvision_at_224_pixels(tmp_path, monkeypatch):
+    def small():
+        return torchvision.models.ConvNeXt([CNBlockConfig(8, None, 2)], num_classes=5)
+
+    monkeypatch.setattr(perceptual, "convnext_small", small)
+    torch.manual_seed(0)
+    net = small().eval()
+    torch.save(net.state_dict(), tmp_path / "convnext.pth")
+    a, b = torch.rand(2, 2, 3, 256, 240).unbind(0)
+    distance = Logits(str(tmp_path / "convnext.pth"))
+    with torch.no_grad():
+        own = [net(normalize(resize(x, [224, 224], antialias=True), *IMAGENET)) for x in (a, b)]
+    found = distance(a.requires_grad_(), b)
+    torch.testing.assert_close(found.detach(), (own[0] - own[1]).square().mean(1), rtol=1e-3, atol=0)
+    (slope,) = torch.autograd.grad(found.sum(), a)
+    assert slope.abs().sum() > 0
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"Logits: .*other.pth does not fit torchvision's ConvNeXt-S"):
+        Logits(str(tmp_path / "other.pth")).prepare()
+    with pytest.raises(UserError, match=r"Logits: no weights file .*nowhere.pth; expected torchvision's convnext"):
+        Logits(str(tmp_path / "nowhere.pth")).prepare()

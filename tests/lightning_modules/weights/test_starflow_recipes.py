@@ -174,3 +174,58 @@ def test_latents_of_another_shape_are_refused(folder, tmp_path, monkeypatch, cap
     assert main(["fit", *own]) == 2
     assert "model.net.shape: found (16, 8, 8), expected (4, 8, 8)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def tuned(folder, *words):
+    found = [word for word in COMMON if "strategy" not in word and "samples" not in word]
+    return [*found, "model.lpips=0", "model.logits=0", "data.batch_size=2", "data.val_fraction=0.4", *words]
+
+
+def test_a_tuned_decoder_takes_the_place_of_the_folders(folder, tmp_path, monkeypatch):
+    from penstock.lightning_modules.errors import UserError
+    from penstock.lightning_modules.weights.latents import Latents
+
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
+    narrow = "penstock.lightning_modules.nets.patch_discriminator.PatchDiscriminator"
+    words = ["experiment=decoder_tuning_sd", f"model.autoencoder.path={folder / 'image_vae'}", "image_size=16"]
+    words += [
+        f"data.data_dir={folder / 'pictures'}",
+        f"model.discriminator.class_path={narrow}",
+        "model.discriminator.width=32",
+    ]
+    assert _run(["fit", *tuned(folder, *words)]) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = load_checkpoint(last)["state_dict"]
+    assert not any(key.startswith("autoencoder") or ".encoder." in key for key in state)
+    old, new = Latents(str(folder / "image_vae")), Latents(str(folder / "image_vae"), tuned=str(last))
+    image, latent = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8)
+    assert new.encode(image).equal(old.encode(image))
+    assert not new.decode(latent).equal(old.decode(latent))
+    assert new.decoder().state_dict().keys() == {k.removeprefix("decoder.") for k in state if k.startswith("decoder.")}
+    assert all(value.equal(state[f"decoder.{key}"]) for key, value in new.decoder().state_dict().items())
+    with pytest.raises(UserError, match=r"tuned=.*: weights of another model"):
+        Latents(str(folder / "wan"), tuned=str(last))
+    assert _run(["predict", f"ckpt_path={last}"]) == 0
+    assert list(tmp_path.glob("run/**/predictions/*.png"))
+
+
+def test_a_decoder_of_clips_is_tuned_in_bfloat16(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
+    words = ["experiment=decoder_tuning_sd", "perf=bf16", "data=video", f"model.autoencoder.path={folder / 'wan'}"]
+    words += [
+        f"data.data_dir={folder / 'clips'}",
+        "image_size=32",
+        "frames=5",
+        "model.adversarial=0",
+        "model.noise=0.5",
+    ]
+    words = [word for word in tuned(folder, *words) if not word.startswith("data.val_fraction")]
+    assert _run(["fit", *words, "data.val_fraction=0.4", "~data.name", "~data.flip"]) == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(value.dtype == torch.float32 for value in state.values())
+    old = FOLDERS["wan"](tmp_path / "again")
+    from penstock.lightning_modules.weights.latents import Latents
+
+    before = Latents(str(old)).decoder().state_dict()
+    moved = [key for key, value in before.items() if not value.equal(state[f"decoder.{key}"])]
+    assert len(moved) > len(before) / 2
