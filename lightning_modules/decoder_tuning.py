@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules.callbacks.ranks import rank_and_world, sum_over_ranks
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.adversarial import haar_distance, hinge, lecam
 from penstock.lightning_modules.flow.premetrics import Distance, for_distance
@@ -124,10 +125,12 @@ class DecoderTuning(LightningModule):
         return -functional_call(self.discriminator, fixed, _frames(y)).mean()
 
     def judging(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The discriminator's loss, and the means `(2,)` of its logits of originals and decoded pictures."""
+        """The discriminator's loss, and mean logits `(2,)` of originals and decoded pictures over all ranks."""
         real, fake = self.discriminator(_frames(x)), self.discriminator(_frames(y.detach()))
-        loss = hinge(real, fake) + self.lecam * lecam(real, fake, *self.mean_logits)
-        return loss, torch.stack([real.mean(), fake.mean()]).detach()
+        own = torch.stack([real.mean(), fake.mean()])
+        means = sum_over_ranks(own.detach()) / rank_and_world()[1]
+        apart = lecam(*(own + (means - own.detach())), *self.mean_logits)
+        return hinge(real, fake) + self.lecam * apart, means
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x, y = self.decoded(batch, Draws(run_seed(), self.current_epoch, batch["index"]))
@@ -140,7 +143,6 @@ class DecoderTuning(LightningModule):
             if judged:
                 terms["discriminator"], means = self.judging(x, y)
                 loss = loss + terms["discriminator"]
-                means = self.trainer.strategy.reduce(means, reduce_op="mean")
                 self.mean_logits.lerp_(means, 0.001)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             values = {f"train/{name}": value.detach() for name, value in terms.items()}

@@ -10,9 +10,9 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def lecam(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
-    """`max(0, E real - mean_fake)^2 + max(0, mean_real - E fake)^2` of logits and the running means of such."""
-    return F.relu(real.mean() - mean_fake).square() + F.relu(mean_real - fake.mean()).square()
+def lecam(real: Tensor, fake: Tensor, past_real: Tensor, past_fake: Tensor) -> Tensor:
+    """`max(0, real - past_fake)^2 + max(0, past_real - fake)^2` of mean logits and the running means of such."""
+    return F.relu(real - past_fake).square() + F.relu(past_real - fake).square()
 
 
 def haar(x: Tensor) -> Tensor:
