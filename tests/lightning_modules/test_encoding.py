@@ -1,24 +1,32 @@
 """Latents on disk: what is in the folder, resumed and refused, and read as a module would have encoded the pictures."""
 
 import json
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from penstock.datamodules.base import KindDataModule
 from penstock.datamodules.image_text import ImageText
 from penstock.datamodules.images import Images
 from penstock.datamodules.latents import CachedLatents
 from penstock.datamodules.video import Video
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules import starflow as method
 from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.encoding import Encoder
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.latent_shards import read_manifest, shard_file, statistics
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
+from penstock.lightning_modules.nets.starflow import STARFlow
+from penstock.lightning_modules.nets.text_encoder import HashedText
 
 
 class Halved(Autoencoder):
@@ -308,6 +316,54 @@ def test_clips_of_several_aspects_lie_apart_and_batches_have_one(tmp_path):
     seen = list(batches(data, True))
     assert {tuple(batch["latent"].shape[1:]) for batch in seen} == set(data.shapes)
     assert all(len(batch["text"]) == 2 for batch in seen)
+
+
+def trained(data, tmp_path):
+    """Weights of a small flow after an epoch."""
+    torch.manual_seed(0)
+    net = STARFlow((2, 4, 4), 32, (1, 1), head_dim=32, text_dim=8)
+    with torch.no_grad():
+        for block in net.blocks:
+            block.proj_out.weight.normal_(0, 0.05)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    module = method.STARFlow(net, optimizer, noise=0.3, text=HashedText(dim=8, length=4), autoencoder=Halved())
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **options)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 3
+    return module, trainer.test(module, datamodule=data, verbose=False)[0]["test/loss"]
+
+
+def test_a_flow_trains_alike_from_latents_and_from_pictures_and_decodes_its_samples(captioned, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(Halved=Halved))
+    words = [
+        "data=image_text",
+        "image_size=8",
+        "data.name=mine",
+        f"data.data_dir={captioned}",
+        "data.val_fraction=0.25",
+    ]
+    words += [
+        "model.autoencoder.class_path=own.Halved",
+        f"out={tmp_path / 'out'}",
+        "batch=2",
+        "shard=10",
+        "dtype=float32",
+    ]
+    assert main(["encode", *words]) == 0
+    monkeypatch.setattr(ImageText, "train_dataloader", KindDataModule.train_dataloader)
+    direct, expected = trained(pictures(captioned, seed=0), tmp_path)
+    monkeypatch.setattr(CachedLatents, "on_before_batch_transfer", lambda self, batch, _: first_captions(batch))
+    module, found = trained(CachedLatents(str(tmp_path / "out"), batch_size=6, seed=0), tmp_path)
+    assert found == pytest.approx(expected, rel=1e-4)
+    for a, b in zip(module.parameters(), direct.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert module.sample(2, prompt="first 3").shape == (2, 3, 8, 8)
+
+
+def first_captions(batch):
+    """As pictures have them where captions are not drawn by row."""
+    return {**batch, "text": [texts[0] for texts in batch["text"]]}
 
 
 def test_the_verb_refuses_what_it_cannot_use(tmp_path, capsys):
