@@ -121,7 +121,7 @@ def test_statistics_are_those_of_noisy_training_codes(folder):
     found = statistics(folder)
     expected = noisy.mean((0, 2, 3)), noisy.std((0, 2, 3), correction=0)
     for own, theirs in zip(found, expected):
-        torch.testing.assert_close(own.double(), theirs, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(own.double(), theirs, atol=1e-4, rtol=0)
     assert (found[1][0] - found[1][1]).abs() > 0.1
 
 
