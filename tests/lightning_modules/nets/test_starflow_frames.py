@@ -1,4 +1,4 @@
-"""What keeps frames apart: flips inside a frame, one look ahead, known frames whatever the inverse (arXiv 2511.20462)."""
+"""What keeps frames apart: flips inside a frame, one look ahead, known frames from any inverse (arXiv 2511.20462)."""
 
 import pytest
 import torch
