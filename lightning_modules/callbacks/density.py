@@ -51,20 +51,36 @@ def dequantised(data: Tensor, index: Tensor, levels: int) -> Tensor:
 
 def held_out(trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split, n: int) -> Iterator[Held]:
     """This rank's share of the first `n` samples of a split, batch by batch, on the module's device."""
+    for batch in first_batches(trainer, trainer.datamodule, split, n):
+        yield held(pl_module, batch, trainer.datamodule.levels)
+
+
+def first_batches(
+    trainer: pl.Trainer, data: pl.LightningDataModule, split: Split, n: int
+) -> Iterator[dict[str, Tensor | list[str]]]:
+    """This rank's share of the first `n` samples of a split of any data, without empty batches, on the device."""
     rest = math.ceil(n / rank_and_world()[1])
-    for batch in trainer.datamodule.reference_dataloader(split):
+    for batch in data.reference_dataloader(split):
         if rest <= 0:
             return
         batch = trainer.strategy.batch_to_device({key: value[:rest] for key, value in batch.items()})
         rest -= len(batch["index"])
         if len(batch["index"]):
-            yield held(trainer, pl_module, batch)
+            yield batch
 
 
-def held(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any]) -> Held:
+def held(pl_module: pl.LightningModule, batch: dict[str, Any], levels: int) -> Held:
     """The samples of a batch that is on the module's device."""
-    x = dequantised(data_of(batch), batch["index"], trainer.datamodule.levels)
-    return Held(batch["index"], x, pl_module.condition(batch))
+    return Held(batch["index"], dequantised(data_of(batch), batch["index"], levels), pl_module.condition(batch))
+
+
+def log_prob_of_parts(pl_module: pl.LightningModule, batch: dict[str, Any], levels: int) -> Tensor:
+    """Log-densities in nats `(b, T)` of the frames of clips, where the module tells these, else `(b, 1)` of samples."""
+    _, x, cond = held(pl_module, batch, levels)
+    if x.ndim == 5 and hasattr(pl_module, "frame_log_prob"):
+        return evaluated(pl_module.frame_log_prob, x, cond)
+    generator = torch.Generator(x.device).manual_seed(0)
+    return evaluated(pl_module.log_prob, x, cond, generator=generator)[:, None]
 
 
 def bits_per_dim(log_prob: Tensor, size: int, levels: int) -> Tensor:
