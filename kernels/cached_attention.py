@@ -143,9 +143,7 @@ def _triton(query, key, value, keys, values, start, cos, sin, halves, temperatur
             if cos is not None:
                 query = rotary._triton(query, cos[:n], sin[:n], halves, False)
             return _sdpa(query.to(value.dtype), keys[:, :, :end], values[:, :, :end], None, True)
-        height = min(64, 8192 // padded, max(16, 1 << (share * n - 1).bit_length()))
-        wide = padded * keys.element_size()
-        width = min(64, max(16, 8192 // wide))
+        height, width, stages = tiles(share * n, padded, query.element_size(), keys.element_size())
         blocks = math.ceil(share * n / height)
         parts = _parts(blocks * batch * groups, math.ceil(end / width), query.device)
         length = math.ceil(end / parts / width) * width
@@ -159,12 +157,18 @@ def _triton(query, key, value, keys, values, start, cos, sin, halves, temperatur
             query, keys, values, cos, sin, temperature, found, tops, sums, heads, groups, n, start, length,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             SCALE=size**-0.5 / math.log(2), SHARE=share, HEIGHT=height, WIDTH=width, SPLIT=parts > 1,
-            HEATED=temperature is not None, num_stages=2 if wide >= 512 else 3, **rotated,
+            HEATED=temperature is not None, num_stages=stages, **rotated,
         )  # fmt: skip
         if parts > 1:
             rows = batch * heads * n
             combine[(rows,)](found, tops, sums, out, rows, parts, SIZE=size, PADDED=padded)
     return out
+
+
+def tiles(rows: int, padded: int, new: int, kept: int) -> tuple[int, int, int]:
+    """Rows and keys of a tile, and tiles in flight, for heads of `padded` numbers, `new` and `kept` bytes each."""
+    height = min(64, 16384 // (padded * new), max(16, 1 << (rows - 1).bit_length()))
+    return height, min(64, max(16, 8192 // (padded * kept))), 2 if padded * kept >= 512 else 3
 
 
 def _parts(programs: int, blocks: int, device: torch.device) -> int:

@@ -131,7 +131,8 @@ def _update_kernel(
     scale = tl.load(sigma + b * sb + n * sn + c * sc, mask=keep, other=0).to(wide)
     new = mean + scale * tl.load(z + b * zb + n * zn + c * zc, mask=keep, other=0).to(wide)
     if CLAMP > 0:
-        new = tl.clamp(new, -CLAMP, CLAMP)
+        limit = tl.full([SIZE], CLAMP, wide)
+        new = tl.where(new > limit, limit, tl.where(new < -limit, -limit, new))
     tl.store(u + b * ub + n * un + c * uc, new.to(u.dtype.element_ty), mask=keep)
     moved = tl.where(keep, (new - old) * (new - old), 0.0)
     size = tl.where(keep, new * new, 0.0)
