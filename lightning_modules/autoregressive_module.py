@@ -293,7 +293,8 @@ class AutoregressiveModule(LightningModule):
         """One sample for each condition of the batch."""
         cond = self.condition(batch)
         z = Draws(run_seed(), 0, batch["index"]).normal("predict", tuple(self.net.shape))
-        name = self.key if self.prompted is None else "image"
+        shown = "video" if len(self.net.shape) == 4 else "image"
+        name = self.key if self.prompted is None else shown
         found = {"index": batch["index"], name: self._shown(self.decode(z, cond=cond))}
         return found | {k: batch[k] for k in ("label",) if k in batch}
 
