@@ -27,8 +27,9 @@ class LikelihoodAnomaly(EvaluationCallback):
 
     Logs `anomaly_auroc/<anomaly>`, the area under the ROC curve of held-out samples against as many anomalies (0.5 is
     chance): held-out clips spoiled in time (`anomalies`) under the captions or classes of the whole ones, or samples of
-    `other` data. For `replaced`, `anomaly_frame_auroc/replaced` is that of the frames of these clips but the first: the
-    strange one against the rest, each given those before it.
+    `other` data. Where the module tells the frames of clips apart, each given those before it,
+    `anomaly_worst_frame_auroc/<anomaly>` compares the least likely frames of the clips, and
+    `anomaly_frame_auroc/replaced` the frames of the clips with one replaced, but the first: this one against the rest.
 
     Args:
         anomalies: `shuffled`, `reversed`, `frozen`, `replaced`, see `spoiled`; None is all of them for clips, and none
@@ -110,8 +111,10 @@ def _compared(found: dict[str, Rows]) -> dict[str, float]:
         if gathered is None or kind == "held out" or not len(gathered[0]):
             continue
         _, bits, strange = gathered
-        whole = rows["held out"][1].mean(1)
-        values[f"anomaly_auroc/{kind}"] = _area(whole, bits.mean(1))
+        whole = rows["held out"][1]
+        values[f"anomaly_auroc/{kind}"] = _area(whole.mean(1), bits.mean(1))
+        if whole.shape[1] > 1:
+            values[f"anomaly_worst_frame_auroc/{kind}"] = _area(whole.amax(1), bits.amax(1))
         if kind == "replaced" and bits.shape == strange.shape:
             later, odd = bits[:, 1:], strange[:, 1:]
             values["anomaly_frame_auroc/replaced"] = _area(later[~odd], later[odd])
