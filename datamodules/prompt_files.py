@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from penstock.lightning_modules.errors import UserError
 
-PromptFormat = Literal["geneval", "dpg", "lines"]
+PromptFormat = Literal["geneval", "dpg", "vbench", "lines"]
 OFFICIAL = {  # where a format's prompts are published, and their usual place in a folder of that name
     "geneval": ("https://github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl", "evaluation_metadata.jsonl"),
     "dpg": ("https://github.com/TencentQQGYLab/ELLA, dpg_bench/prompts", "prompts"),
+    "vbench": ("https://github.com/Vchitect/VBench, vbench/VBench_full_info.json", "VBench_full_info.json"),
 }
+
+LONGEST = 240
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ def read_prompts(path: Path, form: PromptFormat) -> list[Prompt]:
       are those of the lines.
     - `dpg`: a folder of `<name>.txt`, or the table with `item_id` and `text`, of which each prompt has several rows
       (arXiv 2403.05135); in the order of the names, so that both give the same.
+    - `vbench`: a JSON list of objects with `prompt_en` and `dimension` (arXiv 2311.17982); the prompt is the name. Two
+      of the same prompt are one, with the dimensions of both.
     - `lines`: a prompt a line, empty lines left out; names as `geneval`.
 
     Raises:
@@ -49,7 +54,7 @@ def read_prompts(path: Path, form: PromptFormat) -> list[Prompt]:
     if form != "dpg" and path.is_dir():
         raise UserError(f"data.path: {path} is a folder; expected the file of the format '{form}'")
     try:
-        prompts = {"geneval": _geneval, "dpg": _dpg, "lines": _lines}[form](path)
+        prompts = {"geneval": _geneval, "dpg": _dpg, "vbench": _vbench, "lines": _lines}[form](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as text ({error.reason}); expected UTF-8") from error
     if not prompts:
@@ -71,6 +76,29 @@ def _geneval(path: Path) -> list[Prompt]:
             raise UserError(f"{place}: found {has}, expected an object with {', '.join(keys)}")
         found.append(Prompt(f"{len(found):05d}", _text(row["prompt"], place), row))
     return found
+
+
+def _vbench(path: Path) -> list[Prompt]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: found {type(rows).__name__}, expected a list of objects with prompt_en, dimension")
+    found: dict[str, Prompt] = {}
+    for number, row in enumerate(rows, 1):
+        place = f"{path} entry {number}"
+        if not isinstance(row, dict) or not {"prompt_en", "dimension"} <= row.keys():
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{place}: found {has}, expected an object with prompt_en, dimension")
+        text, dimensions = row["prompt_en"], row["dimension"]
+        if _text(text, place) != text or any(mark in text for mark in "/\\\0\n") or len(text.encode()) > LONGEST:
+            raise UserError(f"{place}: '{text:.40}' cannot be part of a file's name, as VBench's scorer wants it")
+        if not isinstance(dimensions, list) or not all(isinstance(dimension, str) for dimension in dimensions):
+            raise UserError(f"{place}: dimension {dimensions!r:.60}, expected a list of words")
+        known = found.setdefault(text, Prompt(text, text, {"dimension": []}))
+        known.metadata["dimension"].extend(d for d in dimensions if d not in known.metadata["dimension"])
+    return list(found.values())
 
 
 def _lines(path: Path) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Prompts without images: what text-to-image benchmarks ask for."""
+"""Prompts without images: what benchmarks of text-to-image and text-to-video models ask for."""
 
 import os
 from pathlib import Path
@@ -19,19 +19,19 @@ class BenchmarkPrompts(KindDataModule):
     drawn for it does not depend on them.
 
     Args:
-        format: of the prompts: `geneval`, `dpg` (DPG-Bench) or `lines`; see `read_prompts`.
+        format: of the prompts: `geneval`, `dpg` (DPG-Bench), `vbench` or `lines`; see `read_prompts`.
         path: file or folder; None is `$PENSTOCK_DATA/<format>/` and the official name in it.
         hub: data set of the Hugging Face hub, `owner/set`, in which `path` lies.
-        samples_per_prompt: samples of each prompt; both benchmarks want 4.
+        samples_per_prompt: samples of each prompt; GenEval and DPG-Bench want 4, VBench 5.
         limit: the first so many prompts; None is all.
-        shape: `(C, H, W)` of the images that the model makes.
+        shape: `(C, H, W)` of the images that the model makes, `(T, C, H, W)` of clips.
         batch_size: samples of all ranks together that are drawn at once.
         num_workers: worker processes a rank.
         seed: as in other data; nothing here depends on it.
 
     Attributes:
         items: the prompts; after `setup`.
-        layout: how scorers want the pictures: `grid` (one file a prompt) or `folders`.
+        layout: how scorers want the samples: `grid` (one picture a prompt), `folders` or `videos`.
 
     Raises:
         UserError: a number out of range, `hub` without `path`, or anything wrong with the file.
@@ -59,7 +59,7 @@ class BenchmarkPrompts(KindDataModule):
             raise UserError(f"data.path: found none; expected the file or folder of the prompts in data.hub={hub}")
         self.format, self.path, self.hub = format, path, hub
         self.samples_per_prompt, self.limit = samples_per_prompt, limit
-        self.layout = "grid" if format == "dpg" else "folders"
+        self.layout = {"dpg": "grid", "vbench": "videos"}.get(format, "folders")
         self.class_names: list[str] = []
         if shape is not None:
             self.shape = tuple(shape)

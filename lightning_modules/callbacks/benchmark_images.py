@@ -17,8 +17,7 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.loggers import write_atomically
 from penstock.lightning_modules.seeds import run_seed
 
-SETTINGS = ("guidance", "solver", "sampler")
-OTHER = "expected the same, or another folder (callbacks.pictures.folder=...)"
+SETTINGS = ("guidance", "solver", "sampler", "inverse", "shallow", "window", "context")
 
 
 class BenchmarkImages(Callback):
@@ -34,13 +33,21 @@ class BenchmarkImages(Callback):
         folder: for the pictures; None is `<format>` in the run folder.
         steps: of the module's `predict_step` (its `predict_steps`); None leaves them.
 
+    Attributes:
+        entry: of what `predict_step` returns.
+        data: that the prompts may come from.
+        noun: what the samples are called.
+        layouts: of files, by what the data wants.
+
     Raises:
         UserError: `steps` below 1.
     """
 
+    entry, data, noun, layouts = "image", "data=geneval or data=dpg", "pictures", LAYOUTS
+
     def __init__(self, folder: str | None = None, steps: int | None = None):
         if steps is not None and steps < 1:
-            raise UserError(f"BenchmarkImages: steps {steps}, expected at least 1")
+            raise UserError(f"{type(self).__name__}: steps {steps}, expected at least 1")
         self.folder, self.steps = folder, steps
         self.layout: Layout | None = None
 
@@ -52,21 +59,18 @@ class BenchmarkImages(Callback):
         """
         if stage != "predict":
             return
-        data = trainer.datamodule
-        if not hasattr(data, "leave_out"):
-            raise UserError(f"BenchmarkImages: the data is {type(data).__name__}, expected data=geneval or data=dpg")
+        name, data = type(self).__name__, trainer.datamodule
+        found = getattr(data, "format", type(data).__name__)
+        if not hasattr(data, "leave_out") or data.layout not in self.layouts:
+            raise UserError(f"{name}: the data is {found}, expected {self.data}")
         if not getattr(pl_module, "takes_text", False):
-            raise UserError(
-                f"BenchmarkImages: {type(pl_module).__name__} takes no prompts, expected a text-conditional model"
-            )
+            raise UserError(f"{name}: {type(pl_module).__name__} takes no prompts, expected a text-conditional model")
         if self.steps is not None:
             if not hasattr(pl_module, "predict_steps"):
-                raise UserError(
-                    f"BenchmarkImages: {type(pl_module).__name__} has no predict_steps, expected steps=null"
-                )
+                raise UserError(f"{name}: {type(pl_module).__name__} has no predict_steps, expected steps=null")
             pl_module.predict_steps = self.steps
         folder = Path(self.folder).expanduser() if self.folder else Path(trainer.default_root_dir, data.format)
-        self.layout = LAYOUTS[data.layout](folder, data.items, data.samples_per_prompt)
+        self.layout = self.layouts[data.layout](folder, data.items, data.samples_per_prompt)
         data.leave_out(broadcast(self.layout.finished()))
         trainer.predict_loop.return_predictions = False
 
@@ -78,7 +82,7 @@ class BenchmarkImages(Callback):
         """
         if trainer.is_global_zero:
             self.layout.clean()
-        self._agree(trainer, _identity(trainer, pl_module), {"checkpoint": str(trainer.ckpt_path)})
+        self._agree(trainer, self.identity(trainer, pl_module), {"checkpoint": str(trainer.ckpt_path)})
 
     def on_predict_batch_end(
         self,
@@ -94,19 +98,19 @@ class BenchmarkImages(Callback):
         Raises:
             UserError: no images, or numbers in them that are not finite.
         """
-        if batch_idx == 0 and hasattr(pl_module, "nfe"):
+        if batch_idx == 0 and hasattr(pl_module, "predict_steps"):
             self._agree(trainer, {"network_calls": pl_module.nfe})
-        images = outputs.get("image")
-        if images is None:
-            found = ", ".join(sorted(outputs))
-            raise UserError(f"BenchmarkImages: {type(pl_module).__name__}.predict_step gave {found}; expected image")
-        finite = images.flatten(1).isfinite().all(1).cpu()
-        for number, image, good in zip(batch["index"].tolist(), pictures(images), finite.tolist()):
+        samples = outputs.get(self.entry)
+        if samples is None:
+            name, found = type(self).__name__, ", ".join(sorted(outputs))
+            raise UserError(f"{name}: {type(pl_module).__name__}.predict_step gave {found}; expected {self.entry}")
+        finite = samples.flatten(1).isfinite().all(1).cpu()
+        for number, drawn, good in zip(batch["index"].tolist(), self.drawn(samples), finite.tolist()):
             item, sample = divmod(number, self.layout.samples)
             item = self.layout.items[item]
             if not good:
-                raise UserError(f"prompt '{item.name}', sample {sample}: NaN or infinite numbers in the image")
-            self.layout.write(item, sample, image)
+                raise UserError(f"prompt '{item.name}', sample {sample}: NaN or infinite numbers in the {self.entry}")
+            self.layout.write(item, sample, drawn)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Completes the prompts, shared among the ranks, once all samples are written."""
@@ -114,6 +118,16 @@ class BenchmarkImages(Callback):
         rank, world = rank_and_world()
         for item in self.layout.items[rank::world]:
             self.layout.finish(item)
+
+    def drawn(self, samples: Tensor) -> list[Any]:
+        """What the layout writes of samples `(B, ...)` in [-1, 1]."""
+        return pictures(samples)
+
+    def identity(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What the samples depend on; network calls are added where the module takes a number of steps."""
+        settings = {name: repr(getattr(pl_module, name)) for name in SETTINGS if hasattr(pl_module, name)}
+        own = {"model": type(pl_module).__name__, "weights": fingerprint(pl_module), "seed": run_seed()}
+        return own | {"prompts": trainer.datamodule.fingerprint, "precision": str(trainer.precision), **settings}
 
     @property
     def manifest(self) -> Path:
@@ -138,11 +152,11 @@ class BenchmarkImages(Callback):
         except FileNotFoundError:
             if not self.layout.finished():
                 return {}
-            return f"{self.layout.folder}: pictures, but no {self.manifest.name} beside it; {OTHER}"
+            return f"{self.layout.folder}: {self.noun}, but no {self.manifest.name} beside it; {self._other}"
         except (ValueError, OSError) as error:
-            return f"{self.manifest}: cannot be read ({error}); expected what was written beside the pictures"
+            return f"{self.manifest}: cannot be read ({error}); expected what was written beside the {self.noun}"
         if not isinstance(found, dict) or "weights" not in found:
-            return f"{self.manifest}: no weights in it; expected what was written beside the pictures"
+            return f"{self.manifest}: no weights in it; expected what was written beside the {self.noun}"
         return found
 
     def _difference(self, found: dict[str, Any], own: dict[str, Any]) -> str | None:
@@ -150,15 +164,12 @@ class BenchmarkImages(Callback):
             if found.get(key, value) != value:
                 words = {"weights": "another checkpoint", "prompts": "other prompts"}
                 what = words.get(key, f"{key}={found[key]}, here {value}")
-                return f"{self.layout.folder}: holds pictures of {what}; {OTHER}"
+                return f"{self.layout.folder}: holds {self.noun} of {what}; {self._other}"
         return None
 
-
-def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """What the pictures depend on."""
-    settings = {name: repr(getattr(pl_module, name)) for name in SETTINGS if hasattr(pl_module, name)}
-    own = {"model": type(pl_module).__name__, "weights": fingerprint(pl_module), "seed": run_seed()}
-    return own | {"prompts": trainer.datamodule.fingerprint, "precision": str(trainer.precision), **settings}
+    @property
+    def _other(self) -> str:
+        return f"expected the same, or another folder (callbacks.{self.noun}.folder=...)"
 
 
 def pictures(images: Tensor) -> list[Image.Image]:

@@ -129,9 +129,26 @@ def ready_without_path():
     return data
 
 
+def test_prompts_of_vbench_are_names_and_known_once(tmp_path):
+    rows = [{"prompt_en": text, "dimension": ["scene"], "auxiliary_info": {}} for text in TEXTS]
+    rows.append({"prompt_en": TEXTS[1], "dimension": ["color", "scene"]})
+    (tmp_path / "p").write_text(json.dumps(rows))
+    data = BenchmarkPrompts("vbench", str(tmp_path / "p"), samples_per_prompt=5)
+    data.setup()
+    assert [(item.name, item.text) for item in data.items] == [(text, text) for text in TEXTS]
+    assert [item.metadata["dimension"] for item in data.items] == [["scene"], ["scene", "color"], ["scene"]]
+    assert data.layout == "videos"
+
+
 @pytest.mark.parametrize(
     ("form", "content", "says"),
     [
+        ("vbench", "{", "p: not JSON"),
+        ("vbench", "{}", "p: found dict, expected a list of objects with prompt_en, dimension"),
+        ("vbench", "[]", "p: no prompts in it"),
+        ("vbench", '[{"prompt": "a"}]', "p entry 1: found prompt, expected an object with prompt_en, dimension"),
+        ("vbench", '[{"prompt_en": "a/b", "dimension": []}]', "p entry 1: 'a/b' cannot be part of a file's name"),
+        ("vbench", '[{"prompt_en": "a", "dimension": "b"}]', "p entry 1: dimension 'b', expected a list of words"),
         ("geneval", '{"tag": "a"', r"p line 1: not JSON"),
         ("geneval", '{"tag": "a", "prompt": "b"}', r"p line 1: found tag, prompt, expected .* tag, include, prompt"),
         ("geneval", '\n{"tag": "a", "include": [], "prompt": " "}', r"p line 2: found ' ', expected a prompt"),
