@@ -12,7 +12,9 @@ import pytest
 from jsonargparse import ArgumentError
 
 from penstock.lightning_modules.cli import HELP, _run
+from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import groups
+from penstock.lightning_modules.cli.encode import OWN
 from penstock.lightning_modules.cli.lab import Lab
 from penstock.lightning_modules.cli.verbs import _own_argv_hidden, plan
 from penstock.lightning_modules.errors import UserError
@@ -106,6 +108,8 @@ def check(line):
         small = [w for w in words if not w.startswith(("n=", "steps=", "batch=", "shard=", "out="))]
         assert _run([verb, *small, "n=2", "steps=1", "batch=2", "shard=2", "out=pairs"]) == 0
         shutil.rmtree("pairs")
+    elif verb == "encode":
+        compose([w for w in words if w.partition("=")[0] not in OWN])
     elif verb == "compare":
         assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
     elif verb == "list":
