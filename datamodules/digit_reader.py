@@ -40,11 +40,11 @@ class DigitReader:
         self._templates = normalize(images, dim=1)
         self._classifier = SVC(C=10).fit(images.numpy(), store.labels[store.kept])
 
-    def __call__(self, videos: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def __call__(self, data: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """Shares of what the captions name, float64 `(B,)` each.
 
         Args:
-            videos: in [-1, 1].
+            data: clips in [-1, 1].
             captions: as `MovingDigits` writes them.
 
         Returns:
@@ -54,7 +54,7 @@ class DigitReader:
             UserError: frames too small for the data, or a caption in other words.
         """
         asked = [understood(caption) for caption in captions]
-        seen = self.read(videos, [len(items) for items in asked])
+        seen = self.read(data, [len(items) for items in asked])
         kinds = {"": lambda item: item, "digit": lambda item: item[0], "direction": lambda item: item[1]}
         return {
             name: torch.tensor([_share(map(kind, a), map(kind, s)) for a, s in zip(asked, seen)], dtype=torch.float64)

@@ -18,7 +18,8 @@ class BenchmarkVideos(BenchmarkImages):
     """Writes what `predict_step` returns under `video` for `BenchmarkPrompts`, one MP4 a sample; else as pictures.
 
     VBench gets `<folder>/<prompt>-0.mp4` to `<prompt>-4.mp4`, and nothing else in the folder, at 8 frames per second as
-    it samples other models. Clips of odd sides get a black line; grey ones become RGB.
+    it samples other models. Clips of odd sides get a black line; grey ones become RGB. Where a flow is inverted up to a
+    tolerance over the whole batch, batches and ranks change a clip by as much.
 
     Args:
         folder: for the clips; None is `<format>` in the run folder.
