@@ -51,10 +51,10 @@ def small(name, images):
     """Words that make the experiment `name` small; its data come from a folder where they are not embedded."""
     tree = compose([f"experiment={name}"])[0]
     data, own = tree["data"], tree["model"]["init_args"]
-    if (own.get("autoencoder") or {}).get("class_path", "").endswith("latents.Latents"):
-        if "net" not in own or "starflow" in own["net"]["class_path"]:
-            made = "test_starflow_recipes.py" if "net" in own else "test_decoder_tuning.py"
-            pytest.skip(f"needs folders of diffusers and transformers: {made} makes them")
+    encoded = (own.get("autoencoder") or {}).get("class_path", "").endswith("latents.Latents")
+    if encoded and ("net" not in own or "starflow" in own["net"]["class_path"]):
+        made = "test_starflow_recipes.py" if "net" in own else "test_decoder_tuning.py"
+        pytest.skip(f"needs folders of diffusers and transformers: {made} makes them")
     net = own["net"]["class_path"]
     if "stable_diffusion" in net or net.endswith("weights.twinflow.pretrained"):
         made = "test_twinflow_recipes.py" if "twinflow" in net else "test_stable_diffusion.py"
