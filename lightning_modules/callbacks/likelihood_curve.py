@@ -82,5 +82,6 @@ def _drawn(mean: list[float], error: list[float]) -> Image.Image:
     axes = figure.add_subplot()
     axes.errorbar(range(len(mean)), mean, yerr=[2 * e for e in error], marker="o", markersize=4, capsize=2)
     axes.set(xlabel="frame", ylabel="bits per dimension, given the frames before")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     return rendered(figure)
