@@ -30,7 +30,8 @@ Draw = Callable[[int, torch.Generator], Tensor]
 CONSTANT = 0.5 * math.log(2 * math.pi)
 SMALL = {"dim": 32, "head_dim": 32}
 MIXTURE = {1: 4.247, 2: 2.117, 3: 1.970, 4: 1.960}
-STEPS = {"mixture": 4000, "gaussian": 600, "clips": 3000, "denoiser": 2000}
+STEPS = {"1 block": 500, "2 blocks": 3000, "3 blocks": 4000, "4 blocks": 4000}
+STEPS |= {"gaussian": 600, "clips": 2000, "denoiser": 800}
 PARTS = ("mixture", "gaussian", "clips")
 DEPTH = 3
 
@@ -63,6 +64,7 @@ def train(module: LightningModule, draw: Draw, key: str, steps: int, batch: int,
         accelerator="cpu",
         max_steps=steps,
         max_epochs=-1,
+        gradient_clip_val=1.0,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -71,6 +73,11 @@ def train(module: LightningModule, draw: Draw, key: str, steps: int, batch: int,
     )
     trainer.fit(module, DataLoader(Fresh(draw, key, batch, seed), batch_size=None))
     module.eval()
+
+
+def adam(lr: float) -> Callable[..., torch.optim.Adam]:
+    """With the paper's averages."""
+    return partial(torch.optim.Adam, lr=lr, betas=(0.9, 0.95))
 
 
 def schedule(steps: int) -> Callable[..., WarmupCosine]:
@@ -171,8 +178,7 @@ def stack(blocks: int, steps: int) -> STARFlow:
     net = Net((1, 1, 2), depths=(1,) * blocks, **SMALL)
     for block in net.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)
-    adam = partial(torch.optim.Adam, lr=1e-3)
-    return STARFlow(net, adam, schedule(steps), noise=0.0, penalty=0.0, denoise=False)
+    return STARFlow(net, adam(3e-3), schedule(steps), noise=0.0, penalty=0.0, denoise=False)
 
 
 @torch.no_grad()
@@ -181,21 +187,25 @@ def nats(module: STARFlow | STARFlowV, x: Tensor) -> Tensor:
     return -torch.cat([module.log_prob(part) for part in x.split(2000)])
 
 
+def named(blocks: int) -> str:
+    """Their number in words."""
+    return f"{blocks} {'block' if blocks == 1 else 'blocks'}"
+
+
 def mixture_row(blocks: int, steps: int, seed: int, n: int) -> dict[str, Any]:
     """Part (a): a stack of blocks on the mixture."""
     seed_everything(seed, verbose=False)
     flow = stack(blocks, steps)
-    train(flow, mixture, "image", steps, 256, seed + 1)
+    train(flow, mixture, "image", steps, 512, seed + 1)
     x = mixture(n, torch.Generator().manual_seed(seed + 2))
-    what = f"nats, {blocks} {'block' if blocks == 1 else 'blocks'}"
-    return row("mixture", what, MIXTURE[blocks], nats(flow, x), mixture_nll(x))
+    return row("mixture", f"nats, {named(blocks)}", MIXTURE[blocks], nats(flow, x), mixture_nll(x))
 
 
 def gaussian_rows(steps: int, seed: int, n: int, sigma: float = 0.3) -> list[dict[str, Any]]:
     """Part (b): likelihood, and the noise taken away along its gradient."""
     seed_everything(seed, verbose=False)
     net = Net((1, 2, 2), depths=(1, 1), **SMALL)
-    flow = STARFlow(net, partial(torch.optim.Adam, lr=2e-3), schedule(steps), noise=sigma, penalty=0.0)
+    flow = STARFlow(net, adam(2e-3), schedule(steps), noise=sigma, penalty=0.0)
     train(flow, gaussian, "image", steps, 256, seed + 1)
     generator = torch.Generator().manual_seed(seed + 2)
     clean = gaussian(n, generator)
@@ -218,12 +228,13 @@ def clip_flow(clips: Clips, sight: Sight, ahead: int, steps: int, net: Net | Non
         net.requires_grad_(False)
     return STARFlowV(
         net,
-        partial(torch.optim.Adam, lr=2e-3),
+        adam(2e-3),
         denoiser,
         schedule(steps),
         noise=clips.sigma,
         first_frame_dropout=0.0,
         denoiser_lr=2e-3,
+        skip_after=None,
     )
 
 
@@ -274,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in given.parts:
         start = time.perf_counter()
         if part == "mixture":
-            rows += [mixture_row(blocks, steps["mixture"], given.seed, given.n) for blocks in MIXTURE]
+            rows += [mixture_row(blocks, steps[named(blocks)], given.seed, given.n) for blocks in MIXTURE]
         elif part == "gaussian":
             rows += gaussian_rows(steps["gaussian"], given.seed, given.n)
         else:
