@@ -22,6 +22,6 @@ def test_every_part_leaves_its_rows(tmp_path):
         ["mixture"] * 4 + ["gaussian"] * 2 + ["clips, sigma 0.5"] * 6 + ["clips, sigma 0.3"] * 6
     )
     assert all(float(row["found"]) > 0 and float(row["standard error"]) > 0 for row in found["rows"])
-    assert found["steps"]["clips"] == 3
+    assert found["steps"]["clips"] == 2
     assert set(found["seconds"]) == set(starflow_toys.PARTS)
     assert (tmp_path / "starflow_toys.md").read_text().count("\n| ") == 20

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from penstock.benchmarks import starflow_toys as toys
+from penstock.benchmarks.known_laws import Clips, mixture, mixture_nll
 from penstock.lightning_modules.nets.autoregressive import Encoded
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow
 from penstock.lightning_modules.starflow_v import STARFlowV
@@ -62,7 +63,7 @@ def noisy(clips, n):
 def test_closed_forms_of_the_clips():
     expected = {0.5: (1.0461, 0.1102, 0.0856, 0.0760, 0.1316), 0.3: (0.7401, 0.0560, 0.0441, 0.0423, 0.0591)}
     for sigma, values in expected.items():
-        clips = toys.Clips(sigma)
+        clips = Clips(sigma)
         errors = [clips.error(12, 12), clips.error(12, 13), clips.error(12, 20), clips.error(0, 1)]
         assert [clips.entropy(), *errors] == pytest.approx(values, abs=6e-5)
         assert clips.error(12, 13, first=3) == pytest.approx(clips.error(12, 13), abs=1e-6)
@@ -71,7 +72,7 @@ def test_closed_forms_of_the_clips():
 
 @SIGMAS
 def test_closed_forms_are_what_samples_of_the_process_show(sigma):
-    clips = toys.Clips(sigma)
+    clips = Clips(sigma)
     clean, x = noisy(clips, 40_000)
     assert torch.einsum("nibcd,njbcd->ij", clean, clean).div(40_000) == pytest.approx(clips.covariance(), abs=0.03)
     found = (x.flatten(1) @ clips.estimator(12, 13) - clean[:, 12].flatten()).square().mean()
@@ -81,7 +82,7 @@ def test_closed_forms_are_what_samples_of_the_process_show(sigma):
 
 @SIGMAS
 def test_the_exact_flow_has_the_clips_density_and_its_gradient_is_the_smoother_of_all_frames(sigma):
-    clips = toys.Clips(sigma)
+    clips = Clips(sigma)
     flow, (_, x) = exact_flow(clips), noisy(clips, 50)
     torch.testing.assert_close(-flow.log_prob(x) / clips.frames, clips.nll(x))
     smoother = torch.stack([clips.estimator(n, 20) for n in range(clips.frames)])
@@ -90,7 +91,7 @@ def test_the_exact_flow_has_the_clips_density_and_its_gradient_is_the_smoother_o
 
 @SIGMAS
 def test_a_linear_denoiser_of_the_exact_flow_is_at_rest_at_the_smoother_and_nowhere_else(sigma):
-    clips = toys.Clips(sigma)
+    clips = Clips(sigma)
     flow = exact_flow(clips)
     flow._trainer = type("Trainer", (), {"log_every_n_steps": 100, "current_epoch": 0, "global_step": 0})()
     smoother = torch.stack([clips.estimator(n, 20) for n in range(clips.frames)])
@@ -107,8 +108,8 @@ def test_a_linear_denoiser_of_the_exact_flow_is_at_rest_at_the_smoother_and_nowh
 
 
 def test_laws_of_the_mixture():
-    x = toys.mixture(40_000, torch.Generator().manual_seed(0))
-    assert float(toys.mixture_nll(x).mean()) == pytest.approx(1.816, abs=0.015)
+    x = mixture(40_000, torch.Generator().manual_seed(0))
+    assert float(mixture_nll(x).mean()) == pytest.approx(1.816, abs=0.015)
     moments = torch.stack([x.flatten(1).mean(0), x.flatten(1).var(0)])
     assert moments[0].tolist() == pytest.approx([0, 0], abs=0.05)
     assert moments[1].tolist() == pytest.approx([4.09, 4.09], abs=0.05)
