@@ -244,6 +244,8 @@ class STARFlowV(AutoregressiveModule):
     ) -> Tensor:
         """Draws `n` clips `(n, T, C, H, W)`; see `AutoregressiveModule.sample`.
 
+        Frames that are given come back as they are; the flow goes on from them with the noise of training.
+
         Args:
             n: How many.
             steps: The most sweeps of a chunk; None is what `inverse` says.
@@ -261,27 +263,19 @@ class STARFlowV(AutoregressiveModule):
             UserError: files that exclude each other, no frame left to make, or a file that cannot be read.
         """
         request = Request(image, video, last, source)
-        known, frames = request.known(self.pixels, self.autoencoder, self.device), frames or self.net.shape[0]
-        self._fitting(request, known, frames)
-        if known is not None:
-            shape = (n, *known.shape[1:])
-            known = known + self.noise * torch.randn(shape, generator=generator, device=self.device)
+        given, frames = request.known(self.pixels, self.autoencoder, self.device), frames or self.net.shape[0]
+        number, known = 0 if given is None else given.shape[1], None
+        request.check(number, frames, self.window)
+        if given is not None:
+            shape = (n, *given.shape[1:])
+            known = given + self.noise * torch.randn(shape, generator=generator, device=self.device)
         z = torch.randn(n, frames, *self.net.shape[1:], generator=generator, device=self.device)
         own = self.asked(n, cond, prompt, request.tag)
         later = self.asked(n, cond, prompt, "extend") if self.first_frame_dropout and frames > self.window else own
         x = self.decode(z, steps=steps, cond=own, later=later, guidance=guidance, known=known)
-        return request.shown(x, 0 if known is None else known.shape[1], self.autoencoder)
-
-    def _fitting(self, request: Request, known: Tensor | None, frames: int) -> None:
-        if known is None:
-            return
-        given, most = known.shape[1], min(frames, self.window) - 1
-        for key in ("last", "source"):
-            if (file := getattr(request, key)) is not None and frames > self.window:
-                raise UserError(f"{key}={file}: {frames} frames, expected at most {self.window}, the window")
-        if given > most:
-            key, file = next((k, v) for k, v in vars(request).items() if v is not None and k != "image")
-            raise UserError(f"{key}={file}: {given} frames, expected at most {most} before the new ones")
+        if given is not None:
+            x = torch.cat([given.expand(n, -1, -1, -1, -1), x[:, number:]], 1)
+        return request.shown(x, number, self.autoencoder)
 
     def decode(
         self,

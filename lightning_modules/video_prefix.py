@@ -47,6 +47,26 @@ class Request:
         """Whether the known frames are no part of what is shown."""
         return self.source is not None
 
+    def check(self, given: int, frames: int, window: int) -> None:
+        """Refuses a beginning that leaves nothing to make, or that later windows would not see.
+
+        Args:
+            given: Frames that the files give, in the flow's space.
+            frames: Of the whole sequence.
+            window: Of the model.
+
+        Raises:
+            UserError: the file, what was found and what is expected.
+        """
+        named = {key: file for key, file in vars(self).items() if file is not None}
+        for key in ("last", "source"):
+            if key in named and frames > window:
+                raise UserError(f"{key}={named[key]}: {frames} frames, expected at most {window}, the window")
+        if given >= min(frames, window):
+            key, file = max(named.items(), key=lambda item: item[0] in ("video", "source"))
+            most = min(frames, window) - 1
+            raise UserError(f"{key}={file}: {given} frames, expected at most {most} before the new ones")
+
     def known(self, pixels: tuple[int, int, int], autoencoder: Autoencoder, device: torch.device) -> Tensor | None:
         """The first frames `(1, K, C, H, W)` in the flow's space, or None.
 
@@ -75,9 +95,12 @@ def read_clip(path: Path, pixels: tuple[int, int, int], still: bool) -> Tensor:
     """The frames of a file or folder `(T, C, H, W)` in [-1, 1], cropped and resized; a still is its first frame.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is absent or cannot be read.
     """
-    reader = open_video(path.expanduser())
+    path = path.expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; expected a picture, a video or a folder of frames")
+    reader = open_video(path)
     channels, height, width = pixels
     frames = reader.frames(torch.arange(1 if still else reader.count).numpy())
     frames = fitted(frames.float() / 127.5 - 1, height, width).clamp(-1, 1)
