@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.latent_shards import read_rows, read_side, read_some, shard_file
+from penstock.lightning_modules.latent_shards import read_rows, read_side, read_some
+from penstock.lightning_modules.shards import shard_file
 
 
 class LatentStore:

@@ -22,10 +22,10 @@ from penstock.lightning_modules.pairs import (
     Recipe,
     default_folder,
     read_manifest,
-    shard_file,
     shard_layout,
     write_pairs,
 )
+from penstock.lightning_modules.shards import shard_file
 
 MADE = 6000  # pairs where nobody says how many
 

@@ -21,10 +21,10 @@ from penstock.lightning_modules.latent_shards import (
     channel_sums,
     missing,
     read_manifest,
-    shard_file,
     written,
 )
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
+from penstock.lightning_modules.shards import shard_file
 
 
 class Encoder:

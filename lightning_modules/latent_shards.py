@@ -17,7 +17,6 @@ of ranks.
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.shards import load_manifest, shard_file, write_complete
 
 MANIFEST = "latents.json"
 VERSION = 1
 SPLITS = ("train", "val", "test")
 ENTRIES = {"key": str, "shards": list, "shapes": list, "autoencoder": dict, "data": str, "class_names": list}
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    """File of the codes of one shard; captions and sums lie beside it, with the ending .json."""
-    return folder / f"shard_{number:06d}.safetensors"
 
 
 def missing(folder: Path, manifest: dict[str, Any]) -> list[int]:
@@ -51,15 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it can't be read.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"latents '{folder}': no {MANIFEST} there; expected a folder made by penstock encode") from None
-    except ValueError as error:
-        raise UserError(f"latents '{path}': not JSON ({error}); expected a file made by penstock encode") from None
-    found = manifest.get("version") if isinstance(manifest, dict) else type(manifest).__name__
-    if found != VERSION:
-        raise UserError(f"latents '{path}': found version {found}, expected {VERSION}")
+    manifest = load_manifest(path, "latents", "encode", VERSION)
     for key, kind in ENTRIES.items():
         if not isinstance(manifest.get(key), kind):
             raise UserError(f"latents '{path}': '{key}' is {manifest.get(key)!r}, expected a {kind.__name__}")
@@ -172,20 +159,5 @@ def check_space(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]
 
 
 def written(path: Path, content: bytes) -> None:
-    """Gives a file its name when it is complete and on disk.
-
-    Raises:
-        UserError: the disk is full, or the folder can't be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise UserError(f"latents '{path}': cannot be written ({error.strerror}); what is complete stays") from error
+    """Gives a file of latents its name when it is complete and on disk; see `shards.write_complete`."""
+    write_complete(path, path.with_name(f".{path.name}.{os.getpid()}.part"), content, "latents")

@@ -34,6 +34,7 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.grids import uniform
 from penstock.lightning_modules.flow.solvers import Solver
 from penstock.lightning_modules.flow_module import FlowModule
+from penstock.lightning_modules.shards import load_manifest, shard_file, write_complete
 
 MANIFEST = "pairs.json"
 VERSION = 1
@@ -261,14 +262,10 @@ def _write(
         if not recorded:  # not before there is a shard to write: what can't be made leaves nothing behind
             _record(maker, folder, rank)
             recorded = True
-        _atomically(shard_file(folder, number), save(tensors))
+        path = shard_file(folder, number)
+        write_complete(path, _part(path, 0), save(tensors), "pairs")
     barrier()
     return made
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    """File of one shard."""
-    return folder / f"shard_{number:06d}.safetensors"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -278,17 +275,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it can't be read.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"pairs '{folder}': no {MANIFEST} there; expected a folder made by penstock pairs") from None
-    except ValueError as error:
-        raise UserError(f"pairs '{path}': not JSON ({error}); expected a file made by penstock pairs") from None
-    if not isinstance(manifest, dict):
-        found = type(manifest).__name__
-        raise UserError(f"pairs '{path}': found a {found}, expected an object made by penstock pairs")
-    if manifest.get("version") != VERSION:
-        raise UserError(f"pairs '{path}': found version {manifest.get('version')}, expected {VERSION}")
+    manifest = load_manifest(path, "pairs", "pairs", VERSION)
     for key, (expected, fits) in ENTRIES.items():
         if not fits(manifest.get(key)):
             found = f"{key}={manifest[key]}" if key in manifest else f"no '{key}'"
@@ -366,7 +353,8 @@ def _record(maker: PairMaker, folder: Path, rank: int) -> None:
         "times": recipe.times,
         "teacher": str(maker.teacher),
     }
-    _atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode(), rank)
+    path = folder / MANIFEST
+    write_complete(path, _part(path, rank), (json.dumps(manifest, indent=1) + "\n").encode(), "pairs")
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -406,23 +394,3 @@ def shard_layout(path: Path) -> dict[str, Any]:
 def _part(path: Path, rank: int = 0) -> Path:
     """What a file is called until it is complete; where all ranks write the same file, each has a name of its own."""
     return path.with_name(f".{path.name}.{rank}.part" if rank else f".{path.name}.part")
-
-
-def _atomically(path: Path, content: bytes, rank: int = 0) -> None:
-    """Gives a file its name when it is complete and on disk.
-
-    Raises:
-        UserError: the disk is full, or the folder can't be written.
-    """
-    part = _part(path, rank)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise UserError(f"pairs '{path}': cannot be written ({error.strerror}); what is complete stays") from error

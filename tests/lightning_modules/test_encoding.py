@@ -23,10 +23,11 @@ from penstock.lightning_modules import starflow as method
 from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.encoding import Encoder
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.latent_shards import read_manifest, shard_file, statistics
+from penstock.lightning_modules.latent_shards import read_manifest, statistics
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.starflow import STARFlow
 from penstock.lightning_modules.nets.text_encoder import HashedText
+from penstock.lightning_modules.shards import shard_file
 
 
 class Halved(Autoencoder):
@@ -247,7 +248,7 @@ def test_damage_is_named(captioned, tmp_path):
         opened(tmp_path)
     manifest = json.loads((tmp_path / "latents.json").read_text())
     for content, line in (
-        ("[]", "found version list"),
+        ("[]", "found a list, expected an object"),
         ("{", "not JSON"),
         (json.dumps({**manifest, "shards": 3}), "'shards' is 3, expected a list"),
     ):
