@@ -207,7 +207,10 @@ class STARFlowV(AutoregressiveModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips the flow's and the denoiser's gradients each by its norm; later on leaves such updates out."""
+        """Clips the flow's and the denoiser's gradients each by its norm; later on leaves such updates out.
+
+        Logs whether it did as `train/left_out`, 1 or 0: a run whose gradients are never small would stand still.
+        """
         if not gradient_clip_val:
             return
         groups = [group["params"] for group in optimizer.param_groups]
@@ -215,6 +218,8 @@ class STARFlowV(AutoregressiveModule):
         skip = self.skip_after is not None and self.global_step >= self.skip_after
         left_out = (norms > gradient_clip_val).any() if skip else torch.zeros_like(norms[0], dtype=torch.bool)
         leave_out(optimizer, left_out)
+        if skip and self._logs_now:
+            self.log("train/left_out", left_out.float())
 
     @property
     def pixels(self) -> tuple[int, int, int]:

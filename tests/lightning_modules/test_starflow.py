@@ -275,6 +275,22 @@ def test_an_update_that_is_left_out_changes_nothing(fused):
     assert not all(torch.equal(a, b) for a, b in zip(before, step(False)))
 
 
+@pytest.mark.parametrize(("step", "size", "expected"), [(0, 9.0, None), (5, 9.0, 1.0), (5, 0.01, 0.0)])
+def test_large_updates_are_left_out_after_a_while_and_told(step, size, expected, monkeypatch):
+    flow, told = clips(skip_after=5), {}
+    flow._trainer = type("Trainer", (), {"log_every_n_steps": 1, "global_step": step})()
+    monkeypatch.setattr(flow, "log", lambda name, value: told.update({name: float(value)}))
+    optimizer = flow.configure_optimizers()
+    before = [weight.detach().clone() for weight in flow.net.parameters()]
+    for weight in flow.parameters():
+        weight.grad = torch.full_like(weight, size / weight.numel())
+    flow.configure_gradient_clipping(optimizer, 1.0)
+    optimizer.step()
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, flow.net.parameters()))
+    assert told == ({} if expected is None else {"train/left_out": expected})
+    assert unchanged == (expected == 1.0)
+
+
 @pytest.mark.parametrize(
     ("make", "line"),
     [
