@@ -1,6 +1,7 @@
 """FullyShard: two gloo ranks against one plain process, through the command line; checkpoints go both ways."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,29 @@ def test_weights_outside_any_network_are_refused():
     module.scale = nn.Parameter(torch.ones(()))
     with pytest.raises(UserError, match="'scale' of RectifiedFlow belongs to no network"):
         FullyShard()._shard(module)
+
+
+CLIPS = ["experiment=starflow_v_moving_digits", "trainer.max_steps=4", "data.n_train=64", "data.n_test=8"]
+CLIPS += ["data.n_val=8", "data.batch_size=8", "frames=4", "model.net.dim=32", "model.net.deep_dim=32"]
+CLIPS += ["model.net.depths=[1,1]", "model.denoiser.dim=32", "callbacks.metrics=null", "callbacks.anomaly=null"]
+CLIPS += ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.ema.decay=0.9", "logger=csv"]
+CLIPS += ["trainer.accelerator=cpu"]
+
+
+@pytest.mark.slow
+def test_a_video_flow_and_its_denoiser_train_and_sample_alike_on_two_ranks(tmp_path, monkeypatch):
+    """The denoiser's gradient comes out of the flow's backward pass, whose weights are gathered block by block."""
+    ways = {"sharded": ["strategy=fsdp"], "copied": ["strategy=ddp", "perf=activation_checkpointing"]}
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    assert harness.penstock("fit", *CLIPS, run=tmp_path / "one").code == 0
+    jobs = [
+        {"words": [*CLIPS, *words, "trainer.devices=2"], "run": str(tmp_path / name)} for name, words in ways.items()
+    ]
+    reports = harness.on_ranks(2, jobs, tmp_path / "ranks")
+    assert all(done.code == 0 for report in reports for done in report), reports
+    expected = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    for name in ways:
+        found = json.loads((tmp_path / name / "metrics.json").read_text())
+        for key in ("test/loss", "denoised_mse", "noisy_mse"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-4)
+        assert (tmp_path / name / "samples" / "test.gif").is_file()

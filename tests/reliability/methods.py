@@ -29,6 +29,13 @@ PAIRS += ["data.batch_size=20", "data.eval_batch_size=40", "model.net.width=8", 
 PAIRS += ["model.net.blocks=1", "callbacks.straightness=null"]
 PAIRS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.WarmupCosine, total: 8, warmup: 2}"]
 
+STARFLOW = ["data.batch_size=20", "data.eval_batch_size=40", "callbacks.likelihood=null", "model.net.dim=32"]
+STARFLOW += ["model.net.depths=[1,1]", "data.val_fraction=0.95", "model.scheduler.warmup=2"]
+CLIPS = ["frames=4", "data.batch_size=20", "data.eval_batch_size=40", "data.n_train=80", "data.n_val=80"]
+CLIPS += ["data.n_test=40", "model.net.dim=32", "model.net.deep_dim=32", "model.net.depths=[1,1]"]
+CLIPS += ["model.denoiser.dim=32", "model.scheduler.total=8", "model.scheduler.warmup=2", "model.last_frame=0.25"]
+CLIPS += ["callbacks.anomaly=null", "trainer.max_steps=-1"]
+
 TEACHERS = {
     "reflow_digits": ("rectified_flow_digits",),
     "reflow_online": ("rectified_flow_digits",),
@@ -47,6 +54,8 @@ METHODS = {
     "rectified_flow_digits_text": ["experiment=rectified_flow_digits_text", *TEXT],
     "instaflow_digits": ["experiment=instaflow_digits", *PAIRS],
     "rectified_flow_digits": ["experiment=rectified_flow_digits", *DIGITS],
+    "starflow_digits": ["experiment=starflow_digits", *STARFLOW],
+    "starflow_v_moving_digits": ["experiment=starflow_v_moving_digits", *CLIPS],
     "twinflow_digits": ["experiment=twinflow_digits", *DIGITS],
     "rectified_flow_points": ["experiment=rectified_flow_points", *POINTS],
     "rectified_flow_ot": [
