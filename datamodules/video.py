@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,16 +17,7 @@ from penstock.datamodules.video_clips import ClipStore, Sampling
 from penstock.datamodules.video_readers import Seek, frame_files
 from penstock.datamodules.video_sources import Scene, open_folder, open_manifest
 from penstock.lightning_modules.errors import UserError, did_you_mean
-
-Aspect = Literal["21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21"]
-ASPECTS = ("21:9", "16:9", "3:2", "5:4", "1:1", "4:5", "2:3", "9:16", "9:21")
-
-
-def aspect_size(aspect: str, size: int, multiple: int) -> tuple[int, int]:
-    """(height, width) of about `size`^2 pixels in the ratio `aspect` (width:height), rounded to multiples."""
-    across, down = map(int, aspect.split(":"))
-    sides = size * (down / across) ** 0.5, size * (across / down) ** 0.5
-    return tuple(max(multiple, round(side / multiple) * multiple) for side in sides)
+from penstock.lightning_modules.nets.aspects import ASPECTS, Aspect, aspect_size, ratio
 
 
 class Video(KindDataModule):
@@ -158,7 +149,7 @@ class Video(KindDataModule):
         return folder, open_folder(folder, self.captions_file)
 
     def _nearest(self, ratios: np.ndarray) -> np.ndarray:
-        own = np.array([int(a) / int(b) for a, b in (aspect.split(":") for aspect in self.aspects)])
+        own = np.array([ratio(aspect) for aspect in self.aspects])
         return np.abs(np.log(ratios)[:, None] - np.log(own)).argmin(1)
 
     def _numbers(self, splits: dict[str, list[Scene]], scene: np.ndarray) -> dict[str, np.ndarray]:

@@ -96,7 +96,10 @@ class AutoregressiveModule(LightningModule):
             raise ValueError(f"shallow: {len(shallow)} inverses, expected {len(net.blocks) - 1}, one for each block")
         self.shallow, self.cache = shallow, None if cache is None else getattr(torch, cache)
         self.told: Callable[[int, int], None] | None = None
-        self.prompted = None if text is None else Prompted(text, autoencoder or Identity(), prompts or [])
+        self.prompted: Prompted | None = None
+        if text is not None:
+            text = text.of_size(*net.shape[-2:])
+            self.prompted = Prompted(text, autoencoder or Identity(), prompts or [])
         self.takes_text = self.prompted is not None
         self.key = key if self.prompted is None else self.prompted.autoencoder.key
         self.num_classes = net.num_classes if self.prompted is None else len(self.prompted.prompts)
@@ -118,7 +121,7 @@ class AutoregressiveModule(LightningModule):
 
     def _know_null_text(self) -> None:
         if self.prompted is not None and self.net.null_text is None:
-            self.net.null_text = self.prompted.text([""], self.device)[0]
+            self.net.null_text = self.prompted.null(self.device)[0]
 
     def precheck(self, data: Any) -> None:
         """Called before `data` is prepared: refuses early what `setup` would refuse later."""

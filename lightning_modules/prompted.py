@@ -26,6 +26,7 @@ class Prompted:
     def __init__(self, text: TextEncoder, autoencoder: Autoencoder, prompts: list[str]):
         self.text, self.autoencoder, self.prompts = text, autoencoder, prompts
         self._numbered: Tensor | None = None
+        self._null: Tensor | None = None
 
     def fits(self, net: nn.Module, data: Any) -> None:
         """Refuses data that the autoencoder does not bring to the network's shape, and features of another size.
@@ -49,6 +50,12 @@ class Prompted:
             net.drop_condition(self.text([""]), torch.tensor([False]))
         except ValueError as error:
             raise UserError(f"model.text: features of {self.text.dim} numbers do not fit model.net: {error}") from error
+
+    def null(self, device: torch.device) -> Tensor:
+        """Features `(1, L, E)` of the empty prompt."""
+        if self._null is None or self._null.device != device:
+            self._null = self.text([""], device)
+        return self._null
 
     def features(self, condition: Condition | None, device: torch.device) -> Tensor | None:
         """Features `(B, L, E)` of prompts, of int64 numbers `(B,)` of `prompts`, or those given; None stays None.

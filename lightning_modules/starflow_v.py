@@ -108,8 +108,29 @@ class STARFlowV(AutoregressiveModule):
         if not 0 < self.context < self.window:
             raise ValueError(f"context={context}: expected 1 to {self.window - 1} frames, less than the window")
         self.autoencoder = Identity() if self.prompted is None else self.prompted.autoencoder
-        self.of_images = None if text is None else Prompted(text.of_images(), self.autoencoder, prompts or [])
+        self._text, self._prompters = text, {}
         self.matching = ScoreMatching(noise**2 / UNIT)
+
+    def fits(self, data: Any) -> None:
+        """Refuses data of another shape, and a denoiser of other tokens than the flow's.
+
+        Raises:
+            UserError: the key of the model, what was found and what is expected.
+        """
+        super().fits(data)
+        if self.denoiser is None:
+            return
+        channels, patch = self.net.shape[1], self.net.patch
+        if (found := self.denoiser.proj_in.in_features) != channels * patch**2:
+            raise UserError(
+                f"model.denoiser.channels: found {found}, expected {channels * patch**2}: {channels} channels in "
+                f"patches of {patch}x{patch}, as model.net has them"
+            )
+        if self.denoiser.text_dim not in (0, self.net.text_dim):
+            raise UserError(
+                f"model.denoiser.text_dim: found {self.denoiser.text_dim}, expected 0 or {self.net.text_dim}, that of "
+                "model.net"
+            )
 
     # ------------------------------------------------------------------ training
 
@@ -139,8 +160,8 @@ class STARFlowV(AutoregressiveModule):
 
     def task(self, batch: dict[str, Any], batch_idx: int) -> Task:
         """What a step trains, drawn from (seed, epoch, batch) for all ranks alike."""
-        video = batch.get("video", batch.get("latent"))
-        if video is None or video.shape[1] < 2 or "source" in batch:
+        data = of_batch(batch)
+        if data is None or data.ndim < 5 or data.shape[1] < 2 or "source" in batch:
             return "plain"
         share = float(Draws(run_seed(), self.current_epoch, torch.tensor([batch_idx])).uniform("task")[0])
         if share < self.first_frame_dropout:
@@ -169,13 +190,20 @@ class STARFlowV(AutoregressiveModule):
         return self._prompted_of(batch).condition({"text": captions}, self.device)
 
     def dropped(self, cond: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
-        own = self._prompted_of(batch)
-        if own is self.prompted:
+        if self.prompted is None:
             return super().dropped(cond, mask, batch)
-        return torch.where(mask[:, None, None], own.features([""], self.device), cond)
+        return torch.where(mask[:, None, None], self._prompted_of(batch).null(self.device), cond)
 
-    def _prompted_of(self, batch: dict[str, Any]) -> Prompted | None:
-        return self.of_images if "image" in batch and "video" not in batch else self.prompted
+    def _prompted_of(self, batch: dict[str, Any]) -> Prompted:
+        """Prompts of clips, or of images, of a batch's own aspect; a batch of prompts alone has the network's."""
+        data = of_batch(batch)
+        if data is None:
+            return self.prompted
+        key = data.ndim, *data.shape[-2:]
+        if key not in self._prompters:
+            text = (self._text if data.ndim == 5 else self._text.of_images()).of_size(*data.shape[-2:])
+            self._prompters[key] = Prompted(text, self.autoencoder, self.prompted.prompts)
+        return self._prompters[key]
 
     def score(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """`d(x)`, shape of the noisy clips `x` `(B, T, C, H, W)`, or images `(B, C, H, W)`."""
@@ -321,6 +349,11 @@ class STARFlowV(AutoregressiveModule):
             d = self.score(x[:, start:end], cond)[:, first - start : last - start]
             out[:, first:last] = x[:, first:last] - UNIT * d
         return out
+
+
+def of_batch(batch: dict[str, Any]) -> Tensor | None:
+    """The clips `(B, T, C, H, W)`, or images `(B, C, H, W)`, of a batch, of pixels or latents; None without any."""
+    return next((batch[key] for key in ("video", "image", "latent") if key in batch), None)
 
 
 def leave_out(optimizer: Optimizer, wanted: Tensor) -> None:

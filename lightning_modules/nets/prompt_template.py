@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.nets.aspects import nearest_aspect
 from penstock.lightning_modules.nets.text_encoder import TextEncoder
 
 Tag = Literal["extend", "last", "v2v"]
@@ -53,7 +54,8 @@ class Template(TextEncoder):
         text: The encoder.
         fps: Frames a second of the clips; 0 for images, None to leave it out.
         noise: Standard deviation of the training noise; None to leave it out.
-        aspect: `width:height`; None to leave it out.
+        aspect: `own`, the nearest of `ASPECTS` to the frames that a caption is of (which `of_size` tells); or always
+            the same `width:height`; None to leave it out.
 
     Raises:
         UserError: a number below 0, or an aspect that is none.
@@ -65,8 +67,8 @@ class Template(TextEncoder):
         for key, value in (("fps", fps), ("noise", noise)):
             if value is not None and not 0 <= value < float("inf"):
                 raise UserError(f"model.text.{key}: found {value}, expected 0 or more")
-        if aspect is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", aspect):
-            raise UserError(f"model.text.aspect: found '{aspect}', expected width:height, such as 16:9")
+        if aspect is not None and not re.fullmatch(r"own|[1-9]\d*:[1-9]\d*", aspect):
+            raise UserError(f"model.text.aspect: found '{aspect}', expected own, or width:height, such as 16:9")
         self.text, self.fps, self.noise, self.aspect = text, fps, noise, aspect
 
     @property
@@ -78,8 +80,20 @@ class Template(TextEncoder):
         """The same for captions of images: 0 fps, where an fps is told at all."""
         return Template(self.text, self.fps and 0, self.noise, self.aspect)
 
+    def of_size(self, height: int, width: int) -> "Template":
+        """The same for frames of this size, in pixels or in any other unit."""
+        if self.aspect != "own":
+            return self
+        return Template(self.text, self.fps, self.noise, nearest_aspect(height, width))
+
     def prompts(self, captions: Sequence[str]) -> list[str]:
-        """What the encoder is given for captions."""
+        """What the encoder is given for captions.
+
+        Raises:
+            ValueError: the aspect is that of frames whose size is not told.
+        """
+        if self.aspect == "own":
+            raise ValueError("the aspect of the frames is not known: take of_size(height, width) first")
         return [assemble(caption, self.fps, self.noise, self.aspect) for caption in captions]
 
     def __call__(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:

@@ -30,6 +30,10 @@ class TextEncoder(ABC):
         """The same encoder for captions of images, where it tells a model of videos which of the two they are of."""
         return self
 
+    def of_size(self, height: int, width: int) -> "TextEncoder":
+        """The same encoder for captions of frames of this size, where it tells a model the shape of frames."""
+        return self
+
 
 class HashedText(TextEncoder):
     """A fixed random vector for every word, and half as much of one for its place: no weights, no vocabulary, no files.

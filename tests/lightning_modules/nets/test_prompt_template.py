@@ -65,5 +65,5 @@ def test_numbers_below_0_are_refused(options, line):
 
 @pytest.mark.parametrize("aspect", ["16x9", "0:1", "16:", ":9", "1:2:3"])
 def test_an_aspect_is_two_numbers(aspect):
-    with pytest.raises(UserError, match=r"model.text.aspect: found '.*', expected width:height"):
+    with pytest.raises(UserError, match=r"model.text.aspect: found '.*', expected own, or width:height"):
         Template(Heard(), aspect=aspect)
