@@ -19,6 +19,7 @@ from penstock.lightning_modules.seeds import run_seed
 
 SPLITS = ("train", "val", "test", "all")
 PIXEL_KEYS = ("image", "video")
+SOURCE = "source"
 Split = Literal["train", "val", "test", "all"]
 
 
@@ -62,7 +63,8 @@ class KindDataModule(LightningDataModule):
     """One kind of data. A subclass implements `build` (and `prepare_data` where something is downloaded).
 
     After `setup`: `shape` of one sample, `num_classes` (0 = no labels), `class_names`, `fingerprint`, `levels` (grey
-    levels of raw images or videos, 0 for data without levels). A data set without a test split uses its held-out split
+    levels of raw images or videos, 0 for data without levels), `sourced` (whether batches have `source`, clips of the
+    same shape and levels that theirs are made of). A data set without a test split uses its held-out split
     as test.
 
     Args:
@@ -80,6 +82,7 @@ class KindDataModule(LightningDataModule):
     num_classes: int = 0
     class_names: list[str]
     fingerprint: str
+    sourced: bool = False
 
     def __init__(
         self,
@@ -175,11 +178,12 @@ class KindDataModule(LightningDataModule):
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
         """Every sample of `split` once over all ranks, in order, as final float data: no augmentation ever."""
         view = self.view(split)
-        return self.loader(view, self.eval_batches(len(view)), partial(_scaled, pixels=self.pixels))
+        finish = partial(_scaled, pixels=self.pixels, sourced=self.sourced)
+        return self.loader(view, self.eval_batches(len(view)), finish)
 
     def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as evaluation sees it: `image` or `video` scaled to [-1, 1]. A scaled batch is left alone."""
-        return _scaled(batch, self.pixels)
+        return _scaled(batch, self.pixels, self.sourced)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
         """Moves the tensors of a flat batch, without the walk through containers that Lightning makes each time."""
@@ -190,7 +194,9 @@ class KindDataModule(LightningDataModule):
         key = _raw_key(batch)
         if self.trainer is None or not self.trainer.training or key is None:
             return self.finished(batch)
-        return {**batch, key: self.pixels.augment(batch[key], self.draws(batch["index"]))}
+        draws = self.draws(batch["index"])
+        sources = {SOURCE: self.pixels.augment(batch[SOURCE], draws, "source_")} if self.sourced else {}
+        return {**batch, key: self.pixels.augment(batch[key], draws), **sources}
 
     def draws(self, index: Tensor) -> Draws:
         """Random numbers of this epoch for samples `index` `(B,)`."""
@@ -271,9 +277,10 @@ def find_folder(name: str, data_dir: str | Path | None) -> Path | None:
     return folder if folder and folder.is_dir() else None
 
 
-def _scaled(batch: dict[str, Any], pixels: Pixels | None) -> dict[str, Any]:
+def _scaled(batch: dict[str, Any], pixels: Pixels | None, sourced: bool) -> dict[str, Any]:
     key = _raw_key(batch)
-    return batch if key is None else {**batch, key: pixels.scale(batch[key])}
+    keys = () if key is None else (key, SOURCE) if sourced else (key,)
+    return {**batch, **{key: pixels.scale(batch[key]) for key in keys}}
 
 
 def _raw_key(batch: dict[str, Any]) -> str | None:

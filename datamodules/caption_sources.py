@@ -4,25 +4,21 @@ Every opener returns splits by the names `train`, `val`, `test`, each a `Caption
 one by one by place, whatever holds them, so that any order can be resumed.
 """
 
-import csv
 import hashlib
-import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from penstock.datamodules.caption_rows import FILE_KEYS, TEXT_KEYS, caption_texts, entry_of, read_rows
 from penstock.datamodules.image_sources import SPLIT_NAMES, FileSource, Source, open_tables
+from penstock.datamodules.tar_shards import Member, groups, opened, sidecars
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
-FILE_KEYS = ("file", "file_name", "image")
-TEXT_KEYS = ("text", "caption", "captions", "prompt")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -35,15 +31,15 @@ class Captioned:
 
 
 class TarSource:
-    """Images inside tar files in the webdataset layout, read by place: members `<key>.<ending>`, one group a sample.
+    """Images inside tar shards, read by place, see `tar_shards`.
 
     Args:
-        entries: (tar file, name in it, first byte, number of bytes) of each image.
+        entries: place of each image.
         labels: int64 `(n,)` or None.
         root: folder of the shards.
     """
 
-    def __init__(self, entries: list[tuple[Path, str, int, int]], labels: np.ndarray | None, root: Path) -> None:
+    def __init__(self, entries: list[Member], labels: np.ndarray | None, root: Path) -> None:
         self.entries, self.labels, self.root = entries, labels, root
         self.class_names = [] if labels is None else [str(k) for k in range(int(labels.max()) + 1)]
 
@@ -51,18 +47,14 @@ class TarSource:
         return len(self.entries)
 
     def where(self, row: int) -> str:
-        path, name, _, _ = self.entries[row]
-        return f"{path}:{name}"
+        return str(self.entries[row])
 
     def open(self, row: int) -> Image.Image:
-        path, _, first, size = self.entries[row]
-        with open(path, "rb") as file:
-            file.seek(first)
-            return Image.open(BytesIO(file.read(size)))
+        return Image.open(opened(self.entries[row]))
 
     def content(self) -> str:
         digest = hashlib.sha256()
-        for path in sorted({entry[0] for entry in self.entries}):
+        for path in sorted({entry.shard for entry in self.entries}):
             stat = path.stat()
             digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
         return digest.hexdigest()
@@ -148,109 +140,21 @@ def captions_of(
     return found
 
 
-def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, entries) of JSON lines or of a CSV file with a header.
-
-    Raises:
-        UserError: a line that is no JSON object.
-    """
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        if file.suffix.lower() == ".csv":
-            for row in (reader := csv.DictReader(lines)):
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file} line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{file} line {number}: expected an object like {{"file": "a.png", "text": "a cat"}}')
-            yield number, row
-
-
-def entry_of(row: dict[str, Any], keys: Sequence[str], place: str) -> Any:
-    """The first entry of `row` that has one of the names `keys`.
-
-    Raises:
-        UserError: none has; `place` starts the line.
-    """
-    for key in keys:
-        if row.get(key) is not None:
-            return row[key]
-    found = ", ".join(str(k) for k in row if k is not None)
-    raise UserError(f"{place}: no '{keys[0]}'; found {found or 'nothing'}, expected one of {', '.join(keys)}")
-
-
-def caption_texts(value: Any, place: str) -> tuple[str, ...]:
-    """One caption or several.
-
-    Raises:
-        UserError: something else, or an empty one; `place` starts the line.
-    """
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{place}: found {value!r:.60}, expected a caption, or a list of captions, that is not empty")
-    return texts
-
-
 def _tar_split(folder: Path, captions: str | None) -> Captioned:
     entries, texts, labels = [], [], []
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise UserError(f"{folder}: no .tar shards in it")
     for shard in shards:
-        for key, parts in _groups(shard).items():
+        for key, parts in groups(shard).items():
             image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
             if image is None:
                 raise UserError(f"{shard}:{key}: no image; found {', '.join(parts)}, expected one of .jpg .png .webp")
-            entries.append((shard, image.name, image.offset_data, image.size))
-            text, label = _sidecars(shard, key, parts)
+            entries.append(image)
+            text, label = sidecars(shard, key, parts, "image")
             texts.append(text)
             labels.append(label)
     if not entries:
         raise UserError(f"{folder}: the .tar shards hold no samples")
     known = all(label is not None for label in labels)
     return Captioned(TarSource(entries, np.array(labels, dtype=np.int64) if known else None, folder), texts)
-
-
-def _groups(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Members by key (the name up to the first dot of its last part), then by ending."""
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                head, slash, tail = member.name.rpartition("/")
-                stem, _, ending = tail.partition(".")
-                groups.setdefault(f"{head}{slash}{stem}", {})[f".{ending.lower()}"] = member
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard}: cannot be read ({error}); expected a whole, uncompressed tar file") from error
-    last = max((m.offset_data + m.size for parts in groups.values() for m in parts.values()), default=0)
-    if last > shard.stat().st_size:
-        raise UserError(f"{shard}: cut short at {shard.stat().st_size} bytes; expected a whole, uncompressed tar file")
-    return groups
-
-
-def _sidecars(shard: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple[tuple[str, ...], int | None]:
-    """Captions and class of one sample: from `.txt` and `.cls`, or from `.json`."""
-
-    def read(ending: str) -> str:
-        with open(shard, "rb") as file:
-            file.seek(parts[ending].offset_data)
-            return file.read(parts[ending].size).decode("utf-8", errors="replace")
-
-    place = f"{shard}:{key}"
-    try:
-        meta = json.loads(read(".json")) if ".json" in parts else {}
-        label = int(read(".cls")) if ".cls" in parts else meta.get("label")
-    except ValueError as error:
-        raise UserError(f"{place}: its .json or .cls cannot be read ({error})") from None
-    if ".txt" in parts:
-        return caption_texts(read(".txt").strip(), f"{place}.txt"), label
-    if not meta:
-        raise UserError(f"{place}: image without a caption; found {', '.join(parts)}, expected .txt or .json")
-    return caption_texts(entry_of(meta, TEXT_KEYS, f"{place}.json"), f"{place}.json"), label

@@ -14,8 +14,8 @@ from penstock.datamodules.image_text import Prompts
 from penstock.datamodules.pixels import Pixels
 from penstock.datamodules.sampling import BucketedBatchSampler, KeyedBatchSampler, KeyedLoader
 from penstock.datamodules.video_clips import ClipStore, Sampling
-from penstock.datamodules.video_readers import Seek, frame_files
-from penstock.datamodules.video_sources import Scene, open_folder, open_manifest
+from penstock.datamodules.video_readers import Seek
+from penstock.datamodules.video_sources import Scene, on_disk, open_folder, open_manifest
 from penstock.lightning_modules.errors import UserError, did_you_mean
 from penstock.lightning_modules.nets.aspects import ASPECTS, Aspect, aspect_size, ratio
 
@@ -31,7 +31,9 @@ class Video(KindDataModule):
 
     optionally under `train/`, `val/`, `test/`. Captions are those of `captions.jsonl` (`{"file": "a.mp4", "text": "a
     cat"}` a line), else of `a.txt` beside `a.mp4`, else the videos' names. A `manifest` names files, captions and parts
-    of videos instead. Tar shards are not read.
+    of videos instead, and maybe sources: other videos that they are made of, frame by frame (batches then have
+    `source`, a clip of the same size and times). Tar shards hold `key.mp4` with `key.txt` or `key.json`, and maybe
+    `key.source.mp4`; they are read in place.
 
     Clips begin every `stride` frames. Each is cropped in the centre to the nearest of `aspects` and resized to about
     `size`^2 pixels; a batch holds clips of one aspect, in an order that depends on (seed, epoch) alone and is the same
@@ -42,7 +44,7 @@ class Video(KindDataModule):
         name: a plain name for messages and `$PENSTOCK_DATA`.
         data_dir: folder of the data.
         manifest: parquet, JSON lines or CSV with columns `file` (from `data_dir`, else from the manifest's folder) and
-            `text`, maybe `start` and `end` in seconds.
+            `text`, maybe `start` and `end` in seconds, maybe `source`, a file like `file`.
         captions: name of the captions file; `None` = `captions.jsonl`, `captions.csv`, `metadata.jsonl` or `.csv`.
         frames: of a clip; 1 = images `(1, 3, H, W)`.
         fps: of a clip, by the nearest time stamps; `None` = the video's own frames.
@@ -119,6 +121,9 @@ class Video(KindDataModule):
     def build(self) -> tuple[ClipStore, dict[str, np.ndarray]]:
         root, splits = self._open()
         scenes = [scene for part in splits.values() for scene in part]
+        self.sourced = any(scene.source is not None for scene in scenes)
+        if self.sourced and (other := next((s for s in scenes if s.source is None), None)):
+            raise UserError(f"{other.path}: no source; expected one of every video, or of none")
         with ThreadPoolExecutor() as pool:
             spots = list(pool.map(self.sampling.spot, scenes))
         clips = [(k, first) for k, (_, count, _) in enumerate(spots) for first in self.sampling.starts(count)]
@@ -128,10 +133,8 @@ class Video(KindDataModule):
         self.shape, self.num_classes, self.class_names = (self.sampling.frames, 3, *self.sizes[0]), 0, []
         numbers = self._numbers(splits, scene)
         self.texts = Prompts(self.captions, numbers["train"])
-        files = [f for p in sorted({s.path for s in scenes}) for f in (frame_files(p) if p.is_dir() else [p])]
-        self.fingerprint = fingerprint(
-            "video", digest_files(root, files), scenes, self.sampling, self.sizes, *numbers.values(), self.pixels
-        )
+        made_of = digest_files(root, on_disk(scenes)), scenes, self.sampling, self.sizes
+        self.fingerprint = fingerprint("video", *made_of, *numbers.values(), self.pixels)
         origins = [origin for origin, *_ in spots]
         return ClipStore(scenes, origins, scene, first, self.sizes, self.buckets, self.sampling), numbers
 

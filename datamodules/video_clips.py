@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from penstock.datamodules.video_readers import Seek, open_video, readable
+from penstock.datamodules.video_readers import Place, Seek, open_video, readable
 from penstock.datamodules.video_sources import Scene
 from penstock.lightning_modules.errors import UserError
 
@@ -47,12 +47,19 @@ class Sampling:
     def spot(self, scene: Scene) -> tuple[float, int, float]:
         """Where a scene's frames begin, how many there are at this rate, and width / height.
 
-        The beginning is a number of frames, or seconds where there is an fps.
+        The beginning is a number of frames, or seconds where there is an fps. A scene with a source has as many frames
+        as both have.
 
         Raises:
             UserError: unreadable, or shorter than a clip.
         """
-        video = open_video(scene.path, frames_fps=self.frames_fps, seek=self.seek)
+        origin, count, ratio = self._spot(scene, scene.path)
+        if scene.source is not None:
+            count = min(count, self._spot(scene, scene.source)[1])
+        return origin, count, ratio
+
+    def _spot(self, scene: Scene, place: Place) -> tuple[float, int, float]:
+        video = open_video(place, frames_fps=self.frames_fps, seek=self.seek)
         end = video.seconds if scene.end is None else min(scene.end, video.seconds)
         if self.fps is None:
             origin = video.first_from(scene.start)
@@ -62,7 +69,7 @@ class Sampling:
         if count < self.frames:
             rate = "" if self.fps is None else f" at {self.fps:g} fps"
             raise UserError(
-                f"{scene.path}: found {max(count, 0)} frames{rate}, expected at least {self.frames} (data.frames)"
+                f"{place}: found {max(count, 0)} frames{rate}, expected at least {self.frames} (data.frames)"
             )
         return origin, count, video.width / video.height
 
@@ -70,15 +77,15 @@ class Sampling:
         """First frames of the clips of a scene of `count` frames."""
         return range(0, 1 if self.first_only else count - self.frames + 1, self.stride)
 
-    def read(self, scene: Scene, origin: float, first: int) -> Tensor:
-        """The clip that begins at frame `first` of a scene, uint8 `(frames, 3, H, W)`.
+    def read(self, place: Place, origin: float, first: int) -> Tensor:
+        """The clip that begins at frame `first` of a scene's video or source, uint8 `(frames, 3, H, W)`.
 
         Raises:
             UserError: unreadable; the file is named.
         """
-        video = open_video(scene.path, frames_fps=self.frames_fps, seek=self.seek)
+        video = open_video(place, frames_fps=self.frames_fps, seek=self.seek)
         rows = first + np.arange(self.frames)
-        with readable(scene.path, "the video"):
+        with readable(place, "the video"):
             return video.frames(int(origin) + rows) if self.fps is None else video.near(origin + rows / self.fps)
 
 
@@ -109,13 +116,14 @@ class ClipStore:
         self.sizes, self.buckets, self.sampling = sizes, buckets, sampling
 
     def fetch(self, numbers: np.ndarray) -> dict[str, Any]:
-        text = [self.scenes[self.scene[n]].text for n in numbers]
-        return {"video": torch.stack([self._clip(n) for n in numbers]), "text": text}
+        """Clips `video` with `text`, and where scenes have one `source`, of the same size."""
+        scenes = [self.scenes[self.scene[n]] for n in numbers]
+        clips = zip(*([self._clip(n, place) for place in scene.places] for n, scene in zip(numbers, scenes)))
+        return {**dict(zip(("video", "source"), map(torch.stack, clips))), "text": [scene.text for scene in scenes]}
 
     def warm(self, numbers: np.ndarray) -> None:
         """Nothing to read ahead."""
 
-    def _clip(self, number: int) -> Tensor:
-        scene = self.scene[number]
-        frames = self.sampling.read(self.scenes[scene], self.origins[scene], int(self.first[number]))
+    def _clip(self, number: int, place: Place) -> Tensor:
+        frames = self.sampling.read(place, self.origins[self.scene[number]], int(self.first[number]))
         return fitted(frames, *self.sizes[self.buckets[number]])

@@ -1,4 +1,4 @@
-"""How one video is read: files by torchcodec, GIFs, stills and folders of frames by Pillow.
+"""How one video is read, from disk or from a tar shard: files by torchcodec, GIFs, stills, folders of frames by Pillow.
 
 Seconds count from the first frame. GIFs are always Pillow's, so that they need no further package and give the same
 bits everywhere.
@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from penstock.datamodules.tar_shards import Member, opened
 from penstock.lightning_modules.errors import UserError
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TIE = 1e-6
 NO_DELAY = 0.1
+Place = Path | Member
 Seek = Literal["exact", "approximate"]
 
 
@@ -67,16 +69,16 @@ class PictureReader(_Timed):
         fps: their rate.
     """
 
-    def __init__(self, files: Sequence[Path], fps: float) -> None:
+    def __init__(self, files: Sequence[Place], fps: float) -> None:
         self.files = list(files)
-        with Image.open(self.files[0]) as image:
+        with Image.open(opened(self.files[0])) as image:
             super().__init__(np.arange(len(files)) / fps, 1 / fps, image.size)
 
     def frames(self, rows: np.ndarray) -> Tensor:
         return torch.stack([self._frame(self.files[row]) for row in rows])
 
-    def _frame(self, file: Path) -> Tensor:
-        with readable(file, "the frame"), Image.open(file) as image:
+    def _frame(self, file: Place) -> Tensor:
+        with readable(file, "the frame"), Image.open(opened(file)) as image:
             if image.size != (self.width, self.height):
                 raise UserError(
                     f"{file}: found {image.width}x{image.height} pixels, expected {self.width}x{self.height} as in "
@@ -88,9 +90,9 @@ class PictureReader(_Timed):
 class GifReader(_Timed):
     """An animated GIF; frames without a duration last 0.1 s, as browsers and FFmpeg show them."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Place) -> None:
         self.file = file
-        with Image.open(file) as image:
+        with Image.open(opened(file)) as image:
             lasting = []
             for row in range(image.n_frames):
                 image.seek(row)
@@ -99,7 +101,7 @@ class GifReader(_Timed):
 
     def frames(self, rows: np.ndarray) -> Tensor:
         found = {}
-        with Image.open(self.file) as image:
+        with Image.open(opened(self.file)) as image:
             for row in np.unique(rows).tolist():
                 image.seek(row)
                 found[row] = _pixels(image)
@@ -121,7 +123,7 @@ class FileReader:
         UserError: torchcodec or FFmpeg is missing.
     """
 
-    def __init__(self, file: Path, seek: Seek) -> None:
+    def __init__(self, file: Place, seek: Seek) -> None:
         try:
             from torchcodec.decoders import VideoDecoder
         except ImportError as error:
@@ -130,7 +132,8 @@ class FileReader:
                 "'penstock[video]', or folders of frames or GIFs"
             ) from error
         try:
-            self.decoder = VideoDecoder(str(file), seek_mode=seek)
+            content = file.read() if isinstance(file, Member) else str(file)
+            self.decoder = VideoDecoder(content, seek_mode=seek)
         except RuntimeError as error:
             if "libtorchcodec" not in str(error):
                 raise
@@ -157,11 +160,11 @@ class FileReader:
         return int(np.ceil((seconds - TIE) * self.fps))
 
 
-def open_video(path: Path, *, frames_fps: float = 1.0, seek: Seek = "exact") -> Reader:
+def open_video(path: Place, *, frames_fps: float = 1.0, seek: Seek = "exact") -> Reader:
     """Opens a video file, a GIF, a still, or a folder of frames.
 
     Args:
-        path: told apart by its ending; a folder holds the frames of one video.
+        path: told apart by its ending; a folder holds the frames of one video. A member of a tar shard is read whole.
         frames_fps: rate of a folder of frames.
         seek: how `FileReader` finds frames.
 
@@ -169,7 +172,7 @@ def open_video(path: Path, *, frames_fps: float = 1.0, seek: Seek = "exact") -> 
         UserError: it cannot be read; the file is named.
     """
     with readable(path, "the video"):
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             return PictureReader(frame_files(path), frames_fps)
         if path.suffix.lower() in FRAME_SUFFIXES:
             return PictureReader([path], frames_fps)
@@ -183,7 +186,7 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def readable(path: Path, what: str) -> Iterator[None]:
+def readable(path: Place, what: str) -> Iterator[None]:
     """Names the file where decoding fails.
 
     Raises:
