@@ -85,6 +85,36 @@ def prepared(laws: Laws, first: Tensor, z: Tensor, known: Tensor | None) -> tupl
     return sequence, number
 
 
+def guess(x: Tensor, place: int, end: int, frame: int, start: Start) -> None:
+    """Puts a guess of the tokens `[place, end)` into `x`, which holds token i at 1 + i, and noise where none is known.
+
+    Args:
+        x: The start token and tokens `(B, 1 + D, C)`.
+        place: First token.
+        end: After the last one.
+        frame: Tokens of a frame.
+        start: `noise` leaves what is there, `zeros`, or what is one frame earlier, again and again.
+    """
+    if start == "zeros":
+        x[:, place + 1 : end + 1] = 0
+    elif start == "frame" and frame <= place < end:
+        source = torch.arange(place, end, device=x.device)
+        source = source - frame * ((source - place) // frame + 1)
+        x[:, place + 1 : end + 1] = x[:, source + 1]
+
+
+def check_least(inverse: object, **least: float) -> None:
+    """Refuses a number of an inverse, unless it is None, that is below its least.
+
+    Raises:
+        ValueError: the number's name, what it is and what is expected.
+    """
+    for name, bound in least.items():
+        value = getattr(inverse, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{type(inverse).__name__}: {name}={value}, expected at least {bound}")
+
+
 class Sequential:
     """Token by token: D network calls."""
 
@@ -141,10 +171,7 @@ class Jacobi:
     refresh: bool = True
 
     def __post_init__(self):
-        for name, least in (("chunk", 1), ("later", 1), ("tolerance", 0), ("max_sweeps", 1), ("clamp", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"Jacobi: {name}={value}, expected at least {least}")
+        check_least(self, chunk=1, later=1, tolerance=0, max_sweeps=1, clamp=0)
 
     def __call__(
         self,
@@ -161,7 +188,7 @@ class Jacobi:
         trace, clean = Trace(), place
         while place < z.shape[1]:
             end = min(place + (self.chunk if place < frame else self.later or self.chunk), z.shape[1])
-            self._guess(x, place, end, frame)
+            guess(x, place, end, frame, self.start)
             sweeps, residual = self._sweep(laws, x, z, clean, place, end, agreed)
             trace.sweeps.append(sweeps)
             trace.residuals.append(residual)
@@ -170,15 +197,6 @@ class Jacobi:
                 told(len(z) * (end - place), sweeps)
             clean, place = place if self.refresh else end, end
         return x[:, 1:], trace
-
-    def _guess(self, x: Tensor, place: int, end: int, frame: int) -> None:
-        """Puts a guess of the tokens `[place, end)` into `x`, which holds token i at 1 + i."""
-        if self.start == "zeros":
-            x[:, place + 1 : end + 1] = 0
-        elif self.start == "frame" and place >= frame:
-            source = torch.arange(place, end, device=x.device)
-            source = source - frame * ((source - place) // frame + 1)
-            x[:, place + 1 : end + 1] = x[:, source + 1]
 
     def _sweep(
         self, laws: Laws, x: Tensor, z: Tensor, clean: int, place: int, end: int, agreed: Agreed | None
