@@ -41,8 +41,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, halves: bool = False) -> Tensor:
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, halves: bool = False, back: bool = False) -> Tensor:
-    """The definition of `rotate` in PyTorch, for `x` `(..., N, h)`; `back` is by the negative angles."""
+    """The definition of `rotate` in PyTorch, for `x` `(..., N, h)`; `back` is by the negative angles.
+
+    Neighbours are complex numbers times `cos + i sin`, in one pass; compiled code, which cannot, writes it out.
+    """
     sin = -sin if back else sin
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    if not halves and not torch.compiler.is_compiling():
+        pairs = x.to(wide).unflatten(-1, (-1, 2)).contiguous()
+        turn = torch.complex(cos.to(wide), sin.to(wide))
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
     pairs = x.unflatten(-1, (2, -1)) if halves else x.unflatten(-1, (-1, 2))
     first, second = pairs.unbind(-2 if halves else -1)
     turned = first * cos - second * sin, second * cos + first * sin
