@@ -1,6 +1,6 @@
 """A stack of autoregressive affine blocks on images or clips, from data to noise and back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -137,6 +137,22 @@ class AutoregressiveFlow(nn.Module):
             logdets.append(logdet)
             states.append(tokens)
         return Flow(self.untokens(tokens, grid, x.ndim == 5), logdets, states)
+
+    def walk(
+        self, x: Tensor, cond: Tensor | None = None
+    ) -> Iterator[tuple[AutoregressiveBlock, Tensor, Grid, Tensor | None]]:
+        """Every block with the sequences `(B, D, C)` that it reads on the way to noise, their grid and condition.
+
+        Args:
+            x: See `forward`.
+            cond: See there.
+        """
+        tokens, grid = self.tokens(x)
+        cond = self.condition(cond, len(x))
+        for i, block in enumerate(self.blocks):
+            u, own, local = self._enter(tokens, i, grid)
+            yield block, u, own, self._condition(cond, i, grid[0] if local else 1)
+            tokens, _ = self.through(tokens, i, grid, cond)
 
     def through(self, tokens: Tensor, i: int, grid: Grid, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens `(B, T, F, C)` through block i: noise side, in raster order, and `-log sigma`, in the block's."""
