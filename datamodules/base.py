@@ -181,6 +181,14 @@ class KindDataModule(LightningDataModule):
         finish = partial(_scaled, pixels=self.pixels, sourced=self.sourced)
         return self.loader(view, self.eval_batches(len(view)), finish)
 
+    def sources(self, rows: Tensor, split: Split = "test") -> Tensor:
+        """Of data with sources, those `(b, *shape)` of samples `rows` `(b,)` of a split, over and over.
+
+        They are as evaluation sees them. The store has `sources(numbers)`.
+        """
+        numbers = self.view(split).numbers
+        return self.pixels.scale(self.store.sources(numbers[rows.cpu().numpy() % len(numbers)]))
+
     def finished(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as evaluation sees it: `image` or `video` scaled to [-1, 1]. A scaled batch is left alone."""
         return _scaled(batch, self.pixels, self.sourced)

@@ -124,6 +124,11 @@ class ClipStore:
     def warm(self, numbers: np.ndarray) -> None:
         """Nothing to read ahead."""
 
-    def _clip(self, number: int, place: Place) -> Tensor:
+    def sources(self, numbers: np.ndarray) -> Tensor:
+        """Sources of clips, all in the first of the sizes."""
+        scenes = [self.scenes[self.scene[n]] for n in numbers]
+        return torch.stack([self._clip(n, scene.source, 0) for n, scene in zip(numbers, scenes)])
+
+    def _clip(self, number: int, place: Place, bucket: int | None = None) -> Tensor:
         frames = self.sampling.read(place, self.origins[self.scene[number]], int(self.first[number]))
-        return fitted(frames, *self.sizes[self.buckets[number]])
+        return fitted(frames, *self.sizes[self.buckets[number] if bucket is None else bucket])

@@ -114,7 +114,7 @@ class AutoregressiveModule(LightningModule):
             UserError: the key of the model, what was found and what is expected.
         """
         if self.prompted is None:
-            check_data(self.net, self.num_classes, data)
+            check_data(self.net, self.num_classes, data, in_sequence=True)
         else:
             self._know_null_text()
             self.prompted.fits(self.net, data)

@@ -41,8 +41,8 @@ class Encoder:
         device: Where pictures are encoded.
 
     Raises:
-        UserError: `shard` is no multiple of `batch`, the data hold no pictures, the autoencoder refuses their shape, or
-            it has statistics of latents.
+        UserError: `shard` is no multiple of `batch`, the data hold no pictures, or sources, the autoencoder refuses
+            their shape, or it has statistics of latents.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class Encoder:
         if data.store is None:
             data.prepare_data()
             data.setup()
+        if data.sourced:
+            raise UserError("encode: the data have sources, which folders of latents do not hold; expected plain ones")
         self.data, self.autoencoder, self.batch, self.dtype, self.device = data, autoencoder, batch, dtype, device
         view = data.view("all")
         self.rows, self.numbers = data.reference_dataloader("all").dataset.rows, view.numbers

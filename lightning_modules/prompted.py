@@ -10,6 +10,7 @@ from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.text_encoder import TextEncoder
+from penstock.lightning_modules.training import after_sources, twice
 
 Condition = Tensor | Sequence[str]
 
@@ -41,10 +42,10 @@ class Prompted:
             latent = data.shape_for(self.autoencoder)
         else:
             latent = self.autoencoder.latent_shape(shape) if len(shape) in (3, 4) else shape
-        if latent != tuple(net.shape):
+        if (expected := after_sources(data, latent)) != tuple(net.shape):
             raise UserError(
-                f"model.net.shape: found {tuple(net.shape)}, expected {latent}, what model.autoencoder makes of "
-                f"the data's {shape}"
+                f"model.net.shape: found {tuple(net.shape)}, expected {expected}, what model.autoencoder makes of "
+                f"the data's {shape}{twice(data)}"
             )
         try:
             net.drop_condition(self.text([""]), torch.tensor([False]))

@@ -260,6 +260,16 @@ class STARFlowV(AutoregressiveModule):
 
     # ------------------------------------------------------------------ sampling
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """One clip for each condition of the batch, after its source where there is one."""
+        if "source" not in batch:
+            return super().predict_step(batch, batch_idx)
+        draws, source = Draws(run_seed(), 0, batch["index"]), self.autoencoder.encode(batch["source"])
+        known = source + self.noise * draws.normal("predict_source", tuple(source.shape[1:]))
+        x = self.decode(draws.normal("predict", tuple(self.net.shape)), cond=self.condition(batch), known=known)
+        made = self.autoencoder.decode(x[:, source.shape[1] :])
+        return {"index": batch["index"], "source": batch["source"], "video": made}
+
     def sample(
         self,
         n: int,
@@ -273,7 +283,9 @@ class STARFlowV(AutoregressiveModule):
         image: str | None = None,
         video: str | None = None,
         last: str | None = None,
-        source: str | None = None,
+        source: str | Tensor | None = None,
+        given: int | None = None,
+        fps: float | None = None,
     ) -> Tensor:
         """Draws `n` clips `(n, T, C, H, W)`; see `AutoregressiveModule.sample`.
 
@@ -290,24 +302,27 @@ class STARFlowV(AutoregressiveModule):
             image: File of a picture that clips begin with.
             video: File or folder of a clip that they begin with, frame by frame; it is what their start is made from.
             last: File of a picture that they end with.
-            source: File or folder of a clip that they are translated from; it fills one half of the network's frames.
+            source: File or folder of a clip that they are translated from, or such clips `(n, T, C, H, W)`: half of the
+                network's frames, of a file the first ones.
+            given: Frames that are taken of `video`, the first ones; None is all.
+            fps: Rate at which frames of files are taken; None is the files' own frames.
 
         Raises:
             UserError: files that exclude each other, no frame left to make, or a file that cannot be read.
         """
-        request = Request(image, video, last, source)
-        given, frames = request.known(self.pixels, self.autoencoder, self.device), frames or self.net.shape[0]
-        number, known = 0 if given is None else given.shape[1], None
+        request, frames = Request(image, video, last, source, given, fps), frames or self.net.shape[0]
+        begun, known = request.known(self.pixels, self.autoencoder, self.device, frames), None
+        number = 0 if begun is None else begun.shape[1]
         request.check(number, frames, self.window)
-        if given is not None:
-            shape = (n, *given.shape[1:])
-            known = given + self.noise * torch.randn(shape, generator=generator, device=self.device)
+        if begun is not None:
+            shape = (n, *begun.shape[1:])
+            known = begun + self.noise * torch.randn(shape, generator=generator, device=self.device)
         z = torch.randn(n, frames, *self.net.shape[1:], generator=generator, device=self.device)
         own = self.asked(n, cond, prompt, request.tag)
         later = self.asked(n, cond, prompt, "extend") if self.first_frame_dropout and frames > self.window else own
         x = self.decode(z, steps=steps, cond=own, later=later, guidance=guidance, known=known)
-        if given is not None:
-            x = torch.cat([given.expand(n, -1, -1, -1, -1), x[:, number:]], 1)
+        if begun is not None:
+            x = torch.cat([begun.expand(n, -1, -1, -1, -1), x[:, number:]], 1)
         return request.shown(x, number, self.autoencoder)
 
     def decode(

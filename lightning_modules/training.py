@@ -9,17 +9,34 @@ from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights
 from penstock.lightning_modules.errors import UserError
 
 
-def check_data(net: nn.Module, num_classes: int, data: Any) -> None:
+def check_data(net: nn.Module, num_classes: int, data: Any, in_sequence: bool = False) -> None:
     """Refuses a DataModule of another shape than the network's, or of other classes.
+
+    Args:
+        net: has `shape`.
+        num_classes: of the model.
+        data: has `shape` and `num_classes`.
+        in_sequence: whether the network sees a clip with a source after that source, in one.
 
     Raises:
         UserError: the key of the model, what was found and what is expected.
     """
     shape, classes = tuple(getattr(data, "shape", net.shape)), getattr(data, "num_classes", 0)
-    if shape != tuple(net.shape):
-        raise UserError(f"model.net.shape: found {tuple(net.shape)}, expected {shape}, the data's shape")
+    if (expected := after_sources(data, shape) if in_sequence else shape) != tuple(net.shape):
+        more = twice(data) if in_sequence else ""
+        raise UserError(f"model.net.shape: found {tuple(net.shape)}, expected {expected}, the data's shape{more}")
     if num_classes not in (0, classes):
         raise UserError(f"model.net.num_classes: found {num_classes}, expected 0 or {classes}, the data's classes")
+
+
+def after_sources(data: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what a model sees of clips of `shape`: those with sources come after as many frames of these."""
+    return (2 * shape[0], *shape[1:]) if getattr(data, "sourced", False) else tuple(shape)
+
+
+def twice(data: Any) -> str:
+    """What to say of frames that are doubled by `after_sources`; nothing where they are not."""
+    return " with twice the frames: a source and the clip made of it" if getattr(data, "sourced", False) else ""
 
 
 def start_from_initial(module: LightningModule) -> None:

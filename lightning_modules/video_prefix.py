@@ -1,13 +1,15 @@
 """What a video flow's samples begin with: a picture, a clip to go on from, a last frame, a clip to translate."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penstock.datamodules.video_clips import fitted
-from penstock.datamodules.video_readers import open_video
+from penstock.datamodules.video_readers import open_video, readable
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.prompt_template import Tag
@@ -15,24 +17,32 @@ from penstock.lightning_modules.nets.prompt_template import Tag
 
 @dataclass(frozen=True)
 class Request:
-    """Files that samples begin with, in the order of the sequence that the model is trained on: last, image, video.
+    """What samples begin with, in the order of the sequence that the model is trained on: last, image, video.
 
     Attributes:
-        image: Picture that is the first frame.
-        video: Clip that the samples go on from.
-        last: Picture that is the last frame.
-        source: Clip that is translated to another of the same length.
+        image: File of a picture that is the first frame.
+        video: File of a clip that the samples go on from.
+        last: File of a picture that is the last frame.
+        source: File of a clip that is translated to another of the same length, or such clips `(n, T, C, H, W)`.
+        given: Frames that are taken of `video`, the first ones; None is all.
+        fps: Rate at which frames of files are taken; None is the files' own frames.
 
     Raises:
-        UserError: files that exclude each other.
+        UserError: files that exclude each other, or a number out of range.
     """
 
     image: str | None = None
     video: str | None = None
     last: str | None = None
-    source: str | None = None
+    source: str | Tensor | None = None
+    given: int | None = None
+    fps: float | None = None
 
     def __post_init__(self):
+        if self.given is not None and (self.given < 1 or self.video is None):
+            raise UserError(f"given={self.given}: expected a number of frames of video=FILE, at least 1")
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"fps={self.fps}: expected frames per second above 0")
         for one, other in (("image", "video"), ("source", "image"), ("source", "video"), ("source", "last")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise UserError(f"{one}={getattr(self, one)} and {other}={getattr(self, other)}: expected one of them")
@@ -58,29 +68,39 @@ class Request:
         Raises:
             UserError: the file, what was found and what is expected.
         """
-        named = {key: file for key, file in vars(self).items() if file is not None}
+        named = {key: getattr(self, key) for key in ("image", "video", "last", "source")}
+        named = {key: file for key, file in named.items() if file is not None}
         for key in ("last", "source"):
             if key in named and frames > window:
-                raise UserError(f"{key}={named[key]}: {frames} frames, expected at most {window}, the window")
+                raise UserError(f"{key}={_shown(named[key])}: {frames} frames, expected at most {window}, the window")
         if given >= min(frames, window):
             key, file = max(named.items(), key=lambda item: item[0] in ("video", "source"))
             most = min(frames, window) - 1
-            raise UserError(f"{key}={file}: {given} frames, expected at most {most} before the new ones")
+            cut = "; given=N takes the first N frames of the file" if key == "video" else ""
+            raise UserError(f"{key}={_shown(file)}: {given} frames, expected at most {most} before the new ones{cut}")
 
-    def known(self, pixels: tuple[int, int, int], autoencoder: Autoencoder, device: torch.device) -> Tensor | None:
-        """The first frames `(1, K, C, H, W)` in the flow's space, or None.
+    def known(
+        self, pixels: tuple[int, int, int], autoencoder: Autoencoder, device: torch.device, frames: int
+    ) -> Tensor | None:
+        """The first frames `(1, K, C, H, W)`, or of given clips `(n, K, C, H, W)`, in the flow's space; or None.
+
+        A source is half of the sequence: as many of a file's first frames as that takes.
 
         Args:
             pixels: `(C, H, W)` of a frame that is seen.
             autoencoder: To the flow's space; each file on its own.
             device: Of the result.
+            frames: Of the whole sequence, in the flow's space.
 
         Raises:
-            UserError: a file that cannot be read; it is named.
+            UserError: a file that cannot be read or is too short; it is named.
         """
-        files = [(self.last, True), (self.image, True), (self.video, False), (self.source, False)]
-        parts = [read_clip(Path(file), pixels, still).to(device) for file, still in files if file is not None]
-        return torch.cat([autoencoder.encode(part[None]) for part in parts], 1) if parts else None
+        half = max(1, (frames // 2 - 1) * autoencoder.frame_factor + 1)
+        if isinstance(self.source, Tensor):
+            return autoencoder.encode(self.source.to(device))
+        files = [(self.last, 1), (self.image, 1), (self.video, self.given), (self.source, half)]
+        parts = [read_clip(Path(file), pixels, number, self.fps) for file, number in files if file is not None]
+        return torch.cat([autoencoder.encode(part[None].to(device)) for part in parts], 1) if parts else None
 
     def shown(self, x: Tensor, known: int, autoencoder: Autoencoder) -> Tensor:
         """Clips that are seen `(B, T, C, H, W)` of those in the flow's space, whose first `known` frames were given."""
@@ -91,18 +111,34 @@ class Request:
         return autoencoder.decode(x)
 
 
-def read_clip(path: Path, pixels: tuple[int, int, int], still: bool) -> Tensor:
-    """The frames of a file or folder `(T, C, H, W)` in [-1, 1], cropped and resized; a still is its first frame.
+def _shown(file: str | Tensor) -> str:
+    return "the data's clips" if isinstance(file, Tensor) else file
+
+
+def read_clip(path: Path, pixels: tuple[int, int, int], number: int | None = None, fps: float | None = None) -> Tensor:
+    """The frames of a file or folder `(T, C, H, W)` in [-1, 1], cropped and resized.
+
+    Args:
+        path: Picture, video, or folder of frames.
+        pixels: `(C, H, W)` of a frame.
+        number: The first so many frames; None is all.
+        fps: Rate at which they are taken; None is the file's own frames.
 
     Raises:
-        UserError: it is absent or cannot be read.
+        UserError: it is absent, cannot be read, or has fewer frames.
     """
     path = path.expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a picture, a video or a folder of frames")
-    reader = open_video(path)
+    reader = open_video(path, frames_fps=fps or 1.0)
     channels, height, width = pixels
-    frames = reader.frames(torch.arange(1 if still else reader.count).numpy())
+    count = reader.count if fps is None else math.ceil(reader.seconds * fps - 1e-3)
+    if number is not None and count < number:
+        rate = "" if fps is None else f" at {fps:g} fps"
+        raise UserError(f"{path}: found {count} frames{rate}, expected at least {number}")
+    rows = np.arange(count if number is None else number)
+    with readable(path, "the video"):
+        frames = reader.frames(rows) if fps is None else reader.near(rows / fps)
     frames = fitted(frames.float() / 127.5 - 1, height, width).clamp(-1, 1)
     return frames.mean(1, keepdim=True) if channels == 1 else frames
 

@@ -5,7 +5,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import signature
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
@@ -65,6 +66,17 @@ def asked_for(
     return balanced_labels(n, pl_module.num_classes), None
 
 
+def sources_for(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, split: Literal["train", "val", "test", "all"]
+) -> Callable[[Tensor], Tensor] | None:
+    """Clips that samples `(b,)` of a set are made of: those of the data whose prompts they have.
+
+    None where the data have no sources, or `sample` takes none.
+    """
+    data, takes = trainer.datamodule, "source" in signature(pl_module.sample).parameters
+    return partial(data.sources, split=split) if takes and getattr(data, "sourced", False) else None
+
+
 def chunk_seed(seed: int, chunk: int) -> int:
     """A 63-bit seed that is a hash of `(seed, chunk)`."""
     return int(np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -102,6 +114,7 @@ def generate(
     context: Callable[[], AbstractContextManager] = nullcontext,
     text: list[str] | None = None,
     size: int = CHUNK,
+    sources: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Generated]:
     """Draws `n` samples in fixed chunks of at most `size`, shared among the ranks.
 
@@ -119,6 +132,7 @@ def generate(
         context: makes the context of the module's forward pass (the trainer's precision).
         text: `n` prompts, which `sample` gets as `cond` instead of the labels.
         size: samples of a chunk; another size makes other samples.
+        sources: makes of numbers in the set `(b,)` the clips that `sample` gets as `source`.
 
     Yields:
         This rank's chunks.
@@ -134,7 +148,8 @@ def generate(
         generator = torch.Generator(pl_module.device).manual_seed(chunk_seed(seed, chunk))
         with _evaluating(pl_module, pl_module.device), context():
             cond = label if text is None else prompts
-            data = pl_module.sample(len(index), steps=steps, cond=cond, generator=generator)
+            more = {} if sources is None else {"source": sources(index).to(pl_module.device)}
+            data = pl_module.sample(len(index), steps=steps, cond=cond, generator=generator, **more)
         if mine == chunk:
             data = data.clamp(-1, 1) if data.ndim >= 4 else data
             yield Generated(index.to(data.device), data, label, int(pl_module.nfe), prompts)
@@ -298,7 +313,8 @@ class GenerationMetrics(EvaluationCallback):
                 metric.reset(pl_module.device)
             nfe = 0
             context = trainer.precision_plugin.forward_context
-            for samples in generate(pl_module, self.n, steps, self.seed, labels, context, text, self.chunk):
+            given = (labels, context, text, self.chunk, sources_for(trainer, pl_module, self.prompts))
+            for samples in generate(pl_module, self.n, steps, self.seed, *given):
                 nfe = max(nfe, samples.nfe)
                 for metric in self.metrics:
                     metric.update(samples)

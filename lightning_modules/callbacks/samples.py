@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from penstock.lightning_modules.callbacks.generation import EvaluationCallback, check_steps, generate
+from penstock.lightning_modules.callbacks.generation import EvaluationCallback, check_steps, generate, sources_for
 from penstock.lightning_modules.callbacks.pictures import keep_picture, rendered, tiled
 from penstock.lightning_modules.callbacks.ranks import gather_rows
 from penstock.lightning_modules.callbacks.video_samples import FPS, keep_clips
@@ -28,7 +28,7 @@ class SampleGrid(EvaluationCallback):
 
     Videos `(B, T, C, H, W)` give a GIF of the grid, `samples/step_<global step>.gif`, an MP4 beside it where torchcodec
     is installed, and a picture whose rows are the frames of the first 16. A module that takes text, and has no prompts
-    by number, gets the first captions of the data.
+    by number, gets the first captions of the data, and of data with sources the first of these.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class SampleGrid(EvaluationCallback):
         )
         text = trainer.datamodule.prompts(n, "all")[0] if captioned else None
         context = trainer.precision_plugin.forward_context
-        drawn = generate(pl_module, n, self.steps, self.seed, labels, context, text)
+        sources = sources_for(trainer, pl_module, "all")
+        drawn = generate(pl_module, n, self.steps, self.seed, labels, context, text, sources=sources)
         chunks = [(s.index, s.data.float()) for s in drawn]
         own = tuple(torch.cat(column) for column in zip(*chunks)) or (torch.empty(0, dtype=torch.int64), None)
         rows = gather_rows(*own)

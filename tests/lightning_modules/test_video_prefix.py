@@ -13,6 +13,7 @@ from penstock.lightning_modules.flow.inverse import Jacobi, Sequential, Trace
 from penstock.lightning_modules.nets.autoencoder import Identity
 from penstock.lightning_modules.nets.flow_denoiser import FlowDenoiser
 from penstock.lightning_modules.nets.starflow import STARFlow as Net
+from penstock.lightning_modules.nets.text_encoder import HashedText
 from penstock.lightning_modules.starflow_v import STARFlowV
 from penstock.lightning_modules.video_prefix import last_frame_first, read_clip
 
@@ -21,8 +22,9 @@ SIDE = 4
 
 def model(frames=4, **options):
     torch.manual_seed(0)
-    net = Net((frames, 1, SIDE, SIDE), dim=32, depths=(1, 1), head_dim=32, patch=2)
-    denoiser = FlowDenoiser(4, 32, 1, 32, side=2)
+    text_dim = 32 if options.get("text") else 0
+    net = Net((frames, 1, SIDE, SIDE), dim=32, depths=(1, 1), head_dim=32, patch=2, text_dim=text_dim)
+    denoiser = FlowDenoiser(4, 32, 1, 32, text_dim, side=2)
     for weight in (*net.parameters(), *denoiser.parameters()):
         weight.data += 0.1 * torch.randn_like(weight)
     return STARFlowV(net, torch.optim.AdamW, denoiser, **{"inverse": Sequential(), **options})
@@ -71,14 +73,71 @@ def test_a_last_frame_is_shown_last_and_a_source_is_not_shown(files):
     ended = sampled(flow, last=files["white"], image=files["clip"])
     same(ended[0, [0, 3]], 0, 255)
     translated = sampled(flow, source=files["clip"])
-    assert translated.shape == (2, 1, 1, SIDE, SIDE)
+    assert translated.shape == (2, 2, 1, SIDE, SIDE)
+
+
+def test_a_source_is_half_of_the_sequence_and_may_be_clips(files):
+    flow = model()
+    clip = torch.stack([grey(0), grey(40)])
+    assert torch.equal(sampled(flow, source=files["clip"]), sampled(flow, source=clip.expand(2, -1, -1, -1, -1)))
+    two = torch.stack([clip, -clip])
+    made, other = sampled(flow, source=two), sampled(flow, source=two[[0, 0]])
+    assert torch.equal(made[0], other[0])
+    assert (made[1] - other[1]).abs().max() > 1e-3
+    with pytest.raises(UserError, match="clip: found 3 frames, expected at least 4"):
+        sampled(model(8), source=files["clip"])
+
+
+def test_frames_of_files_are_taken_as_asked_for(files):
+    flow = model()
+    same(sampled(flow, video=files["clip"], given=2)[0, :2], 0, 40)
+    at_half_rate = read_clip(Path(files["clip"]), (1, SIDE, SIDE), None, 2.0)
+    same(at_half_rate, 0, 40, 80)
+    with pytest.raises(UserError, match="clip: found 3 frames at 2 fps, expected at least 4"):
+        read_clip(Path(files["clip"]), (1, SIDE, SIDE), 4, 2.0)
+    gif = Path(files["clip"]).parent / "a.gif"
+    frames = [Image.new("L", (SIDE, SIDE), 40 * n) for n in range(4)]
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=100)
+    same(read_clip(gif, (1, SIDE, SIDE), None, 5.0), 0, 80)
+    same(sampled(flow, video=str(gif), given=2, fps=5.0)[0, :2], 0, 80)
+
+
+def test_predictions_follow_their_sources():
+    flow, source = model(), torch.stack([torch.stack([grey(0), grey(40)]), torch.stack([grey(90), grey(9)])])
+    batch = {"index": torch.arange(2), "source": source, "video": source}
+    with torch.inference_mode():
+        found, other = flow.predict_step(batch, 0), flow.predict_step({**batch, "source": source.flip(0)}, 0)
+    assert found["video"].shape == (2, 2, 1, SIDE, SIDE)
+    assert torch.equal(found["source"], source)
+    assert (found["video"] - other["video"]).abs().max() > 1e-3
+
+
+class Pairs:
+    """Clips of two frames with sources."""
+
+    shape, num_classes, sourced = (2, 1, SIDE, SIDE), 0, True
+
+
+@pytest.mark.parametrize("text", [None, HashedText(32)])
+def test_a_network_of_pairs_has_twice_the_frames_of_the_data(text):
+    right, wrong = model(4, text=text), model(2, text=text)
+    right.fits(Pairs())
+    line = (
+    line = r"model\.net\.shape: found \(2, 1, 4, 4\), expected \(4, 1, 4, 4\), .*twice the frames: a source"
+    )
+    with pytest.raises(UserError, match=line):
+        wrong.fits(Pairs())
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ({"image": "white", "frames": 1}, r"image=.*white\.png: 1 frames, expected at most 0"),
-        ({"video": "clip", "frames": 3}, "video=.*clip: 3 frames, expected at most 2"),
+        ({"video": "clip", "frames": 3}, "video=.*clip: 3 frames, expected at most 2 .*; given=N takes the first N"),
+        ({"video": "clip", "given": 0}, "given=0: expected a number of frames of video=FILE, at least 1"),
+        ({"image": "white", "given": 1}, "given=1: expected a number of frames of video=FILE"),
+        ({"video": "clip", "given": 5}, "clip: found 3 frames, expected at least 5"),
+        ({"video": "clip", "fps": 0.0}, r"fps=0\.0: expected frames per second above 0"),
         ({"last": "white", "frames": 9}, "last=.*: 9 frames, expected at most 4, the window"),
         ({"image": "white", "video": "clip"}, "image=.* and video=.*: expected one of them"),
         ({"source": "clip", "last": "white"}, "source=.* and last=.*: expected one of them"),
@@ -105,7 +164,7 @@ def test_the_frame_that_leads_is_encoded_on_its_own():
 
 
 def test_reads_colours_as_the_model_has_them(files):
-    assert read_clip(Path(files["clip"]), (3, 2, 2), False).shape == (3, 3, 2, 2)
+    assert read_clip(Path(files["clip"]), (3, 2, 2)).shape == (3, 3, 2, 2)
 
 
 def test_a_bar_counts_every_token_of_all_blocks(capfd):
