@@ -122,9 +122,7 @@ class Pairs:
 def test_a_network_of_pairs_has_twice_the_frames_of_the_data(text):
     right, wrong = model(4, text=text), model(2, text=text)
     right.fits(Pairs())
-    line = (
     line = r"model\.net\.shape: found \(2, 1, 4, 4\), expected \(4, 1, 4, 4\), .*twice the frames: a source"
-    )
     with pytest.raises(UserError, match=line):
         wrong.fits(Pairs())
 
