@@ -1,10 +1,13 @@
-"""The benchmark of sampling runs on a tiny checkpoint and writes its two files; no statement about speed."""
+"""The benchmarks of sampling run on a tiny checkpoint and write their files; no statement about speed."""
 
 import json
 
+import pytest
 import torch
+import yaml
 
-from penstock.benchmarks import starflow_sampling
+from penstock.benchmarks import gs_jacobi, starflow_sampling
+from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.cli import _run
 
 TINY = ["experiment=starflow_v_moving_digits", "trainer.max_steps=1", "data.n_train=32", "data.n_test=4", "frames=3"]
@@ -13,15 +16,43 @@ TINY += ["callbacks=base", "callbacks.metrics=null", "callbacks.bits=null", "cal
 TINY += ["callbacks.samples=null", "callbacks.anomaly=null", "callbacks.ema=null", "trainer.accelerator=cpu"]
 
 
-def test_every_way_makes_the_same_clips_in_no_more_calls(tmp_path, monkeypatch):
-    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
-    assert _run(["fit", *TINY]) == 0
-    threads = torch.get_num_threads()
-    words = [str(tmp_path / "run" / "checkpoints" / "last.ckpt"), "--n", "2", "--out", str(tmp_path)]
-    assert starflow_sampling.main(words) == 0
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUN_DIR", str(folder))
+        assert _run(["fit", *TINY]) == 0
+    return str(folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    own = torch.get_num_threads()
+    yield
+    torch.set_num_threads(own)
+
+
+def test_every_way_makes_the_same_clips_in_no_more_calls(checkpoint, tmp_path):
+    assert starflow_sampling.main([checkpoint, "--n", "2", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "starflow_sampling.json").read_text())["rows"]
-    assert len(rows) == 10
+    assert [row["clips"] for row in rows] == [2] * 8
     assert rows[0]["calls"] == 3 * 16 + 16
     assert all(row["calls"] <= rows[0]["calls"] for row in rows)
     assert all(float(row["largest difference"]) < 1e-3 for row in rows)
+    assert all(float(row["its largest difference"]) < 1e-3 for row in rows)
+
+
+def test_chosen_inverses_and_those_by_hand_make_the_same_clips(checkpoint, tmp_path):
+    words = [checkpoint, "--data", "3", "--n", "2", "--segments", "4", "--rounds", "1", "--out", str(tmp_path)]
+    assert gs_jacobi.main(words) == 0
+    found = json.loads((tmp_path / "gs_jacobi.json").read_text())
+    assert [(block["tokens"], block["IGM frame"] is None) for block in found["blocks"]] == [(16, True), (48, False)]
+    rows = {row["inverse"]: row for row in found["rows"]}
+    assert len(rows) == 10
+    assert rows["token by token"]["calls"] == 3 * 16 + 16
+    assert rows["token by token"]["sweeps of a token"] == "2.0"
+    assert all(float(row["largest difference"]) < 1e-2 for row in rows.values())
+    chosen = yaml.safe_load((tmp_path / "gs_jacobi.yaml").read_text())
+    model = model_from_checkpoint(checkpoint, **chosen)
+    assert model.inverse.chunk in (12, 48)
+    assert len(model.shallow) == 1
