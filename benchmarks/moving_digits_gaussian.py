@@ -1,0 +1,56 @@
+"""Moving digits under noise: the best linear-Gaussian predictor of each frame from those before it, in closed form.
+
+`python -m penstock.benchmarks.moving_digits_gaussian --threads 1` writes nats a dimension of test clips for predictors
+that see none, one, two, three or all frames before: what `penstock fit experiment=starflow_v_moving_digits` has to be
+better than. Noise and training clips are those of the experiment; the test clips show other digits.
+"""
+
+import sys
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from penstock.benchmarks.gaussian_laws import fit, frame_nats
+from penstock.benchmarks.report import parser, write
+from penstock.datamodules.moving_digits import MovingDigits
+
+ORDERS = {"none": 0, "one": 1, "two": 2, "three": 3}
+
+
+def clips(data: MovingDigits, split: str) -> Tensor:
+    """Clips of a split without noise `(n, T, D)`."""
+    return torch.cat([batch["video"].flatten(2) for batch in data.reference_dataloader(split)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fits, scores and writes `moving_digits_gaussian.json` and `.md`."""
+    options = parser(__doc__)
+    options.add_argument("--n-train", type=int, default=20_000, help="training clips")
+    options.add_argument("--n-test", type=int, default=1000, help="test clips")
+    options.add_argument("--frames", type=int, default=16, help="of a clip")
+    options.add_argument("--noise", type=float, default=0.2, help="standard deviation of the noise on clips in [-1, 1]")
+    given = options.parse_args(argv)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    data = MovingDigits(frames=given.frames, n_train=given.n_train, n_test=given.n_test, seed=given.seed)
+    data.prepare_data()
+    data.setup()
+    test, variance = clips(data, "test"), given.noise**2
+    law = fit(clips(data, "train").flatten(1), variance)
+    frames = {
+        name: [float(frame_nats(law, test, t, order, variance).mean()) / test.shape[2] for t in range(given.frames)]
+        for name, order in ORDERS.items()
+    }
+    nats = {name: fmean(values) for name, values in frames.items()}
+    nats["all before it"] = float(law.nats(test.flatten(1).double(), variance).mean()) / test[0].numel()
+    rows = [{"frames seen": name, "nats a dimension": f"{value:.4f}"} for name, value in nats.items()]
+    title = f"Moving digits with noise of {given.noise}: the best linear-Gaussian predictor of a frame"
+    settings = {"n_train": given.n_train, "n_test": given.n_test, "noise": given.noise, "nats by frame": frames}
+    write("moving_digits_gaussian", settings, rows, title=title, seed=given.seed, out=given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
