@@ -8,12 +8,15 @@ says what the sweeps of each block start from.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from penstock.kernels.affine import moments
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.inverse import Jacobi, Start
 
 if TYPE_CHECKING:
@@ -121,3 +124,19 @@ def config(inverses: Sequence[Jacobi]) -> dict[str, Any]:
     """`inverse` and `shallow` of a model, as a configuration has them, from the inverses of all blocks."""
     *shallow, deep = ({"class_path": f"{Jacobi.__module__}.Jacobi", "init_args": asdict(one)} for one in inverses)
     return {"inverse": deep, "shallow": shallow}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """`inverse` and `shallow` of a model from a YAML file of `config`.
+
+    Raises:
+        UserError: no such file, or other keys.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(f"inverse={path}: expected a YAML file with the keys inverse and shallow") from None
+    if not isinstance(found, dict) or not found or found.keys() - {"inverse", "shallow"}:
+        keys = ", ".join(map(str, found)) if isinstance(found, dict) else "no keys"
+        raise UserError(f"inverse={path}: it has {keys or 'no keys'}; expected inverse and shallow")
+    return found

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from penstock.lightning_modules.autoregressive_module import AutoregressiveModule
 from penstock.lightning_modules.build import build
-from penstock.lightning_modules.flow.gs_jacobi import Metrics, choose, config, measure
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.flow.gs_jacobi import Metrics, choose, config, measure, read
 from penstock.lightning_modules.flow.inverse import Jacobi
 from penstock.lightning_modules.nets.autoregressive import Decoder
 from penstock.lightning_modules.nets.starflow import STARFlow
@@ -106,18 +108,29 @@ def test_blocks_that_are_alike_are_swept_as_a_whole():
 
 
 @torch.no_grad()
-def test_chosen_inverses_invert_and_come_back_from_a_configuration():
+def test_chosen_inverses_invert_and_come_back_from_a_file(tmp_path):
     net = clips()
     x, text = torch.randn(5, 3, 2, 4, 4).double(), torch.randn(5, 3, 8).double()
     *shallow, deep = choose(measure(net, x, text), 4, 1e-12, 100, 100)
     assert deep.chunk in (3, 12)
     found, _ = net.decode(net(x, text).z, deep, shallow, text)
     torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
-    settings = config([*shallow, deep])
+    file = tmp_path / "inverse.yaml"
+    file.write_text(yaml.safe_dump(config([*shallow, deep])))
+    settings = read(file)
     model = build({"model": MODEL | {"init_args": MODEL["init_args"] | settings}}, "model")[0]
     assert isinstance(model, AutoregressiveModule)
     assert (model.inverse, model.shallow) == (deep, shallow)
     assert isinstance(model.inverse, Jacobi)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "3", "{}", "inverse: {}\nother: 1", "\xff"])
+def test_files_that_hold_no_inverses(tmp_path, text):
+    file = tmp_path / "inverse.yaml"
+    if text is not None:
+        file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"inverse=.*inverse\.yaml: .*expected .*inverse and shallow"):
+        read(file)
 
 
 MODEL = {
