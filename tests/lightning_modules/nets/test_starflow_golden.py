@@ -10,6 +10,7 @@ from golden_files import TOLERANCE
 from penstock.kernels import rotary
 from penstock.lightning_modules.flow.affine import ScoreGuidance, nll
 from penstock.lightning_modules.flow.inverse import Jacobi, Sequential, Trace, prepared
+from penstock.lightning_modules.flow.sliding import Sliding
 from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock, Decoder
 from penstock.lightning_modules.nets.causal_transformer import gemma_layer
 from penstock.lightning_modules.nets.flow_denoiser import FlowDenoiser
@@ -258,6 +259,7 @@ def test_samples_of_text_to_video(record, weight, dtype):
         ("x", SEQUENTIAL),
         ("x_jacobi_tau0", released(4, 0)),
         ("x_jacobi_tau0", Jacobi(4, 16, tolerance=0)),
+        ("x_jacobi_tau0", Sliding(7, 0.0)),
         ("x_jacobi_tau", released(4, 1e-3)),
     ]
     same_samples(case, text_to_video(case), weight, case["text"], case["text_uncond"], inverses)
@@ -302,7 +304,8 @@ def test_image_to_video(record):
     case.same(states[0], "sequential/u")
     case.same(states[-1], "sequential/x")
     case.same(sample(SEQUENTIAL, case["prefix2"])[-1], "prefix2/sequential/x")
-    case.same(sample(Jacobi(4, 16, tolerance=0), first)[-1], "jacobi_tau0/x")
+    for inverse in (Jacobi(4, 16, tolerance=0), Sliding(7, 0.0)):
+        case.same(sample(inverse, first)[-1], "jacobi_tau0/x")
     case.same(sample(released(4, 1e-3), first)[-1], "jacobi_tau/x")
 
     deep, z = net.blocks[-1], net.tokens(case["z"])[0].flatten(1, 2)
@@ -359,6 +362,7 @@ def test_samples_of_an_image_through_the_video_model(record, weight):
     inverses = [
         ("x", SEQUENTIAL),
         ("x_jacobi_tau0", Jacobi(4, 16, tolerance=0)),
+        ("x_jacobi_tau0", Sliding(7, 0.0)),
         ("x_jacobi_tau", released(4, 1e-3)),
     ]
     same_samples(case, net, weight, case["text"], case["text_uncond"], inverses)
