@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from penstock.datamodules.base import KindDataModule
+from penstock.datamodules.mixed import Mixed
 from penstock.datamodules.sampling import guarded
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.latent_shards import (
@@ -68,6 +69,8 @@ class Encoder:
         if data.store is None:
             data.prepare_data()
             data.setup()
+        if isinstance(data, Mixed):
+            raise UserError("encode: data is a Mixed, expected videos or images; encode each by itself")
         if data.sourced:
             raise UserError("encode: the data have sources, which folders of latents do not hold; expected plain ones")
         self.data, self.autoencoder, self.batch, self.dtype, self.device = data, autoencoder, batch, dtype, device

@@ -15,7 +15,7 @@ from penstock.lightning_modules.callbacks.distances import (
 from penstock.lightning_modules.callbacks.features import FeatureExtractor, row_numbers
 from penstock.lightning_modules.callbacks.generation import Generated
 from penstock.lightning_modules.callbacks.ranks import gather_rows
-from penstock.lightning_modules.callbacks.reference import Reference, Split, reference
+from penstock.lightning_modules.callbacks.reference import Reference, Split, real_data, reference
 
 
 class FrechetDistance:
@@ -45,7 +45,8 @@ class FrechetDistance:
         self._collected = False
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads the feature network, so that a missing file stops the run before it trains."""
+        """Loads the feature network, so that a missing file stops the run before it trains, and so do no real data."""
+        real_data(trainer)
         self.features.prepare(torch.device("cpu"))
 
     def reset(self, device: torch.device) -> None:

@@ -56,6 +56,16 @@ def data_of(batch: dict[str, Tensor]) -> Tensor:
     raise UserError(f"batch: keys {sorted(batch)} found, expected one of image, video, points")
 
 
+def real_data(trainer: pl.Trainer) -> str:
+    """Fingerprint of the real data.
+
+    Raises:
+        UserError: there are none, as for latents without the pictures that they are of.
+    """
+    datamodule = trainer.datamodule
+    return getattr(datamodule, "reference_fingerprint", datamodule.fingerprint)
+
+
 def reference(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) -> Reference | None:
     """The reference features of a split, from the cache if it holds them.
 
@@ -73,9 +83,7 @@ def reference(trainer: pl.Trainer, extractor: FeatureExtractor, split: Split) ->
     Raises:
         UserError: if the split is empty.
     """
-    datamodule = trainer.datamodule
-    data = getattr(datamodule, "reference_fingerprint", datamodule.fingerprint)
-    key = {"format": FORMAT, "data": data, "split": split, "features": extractor.identity()}
+    key = {"format": FORMAT, "data": real_data(trainer), "split": split, "features": extractor.identity()}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "reference" / f"{extractor.name}-{split}-{name}.safetensors"
     stored = _read(path) if rank_and_world()[0] == 0 else None

@@ -1,12 +1,21 @@
 """Batches of clips or of single frames: shares, ranks, resuming, numbers that never meet."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 from penstock.datamodules.digits import Digits
+from penstock.datamodules.edited_digits import EditedDigits
+from penstock.datamodules.image_text import ImageText
+from penstock.datamodules.latents import CachedLatents
 from penstock.datamodules.mixed import APART, Mixed
 from penstock.datamodules.moving_digits import MovingDigits
+from penstock.datamodules.video import Video
+from penstock.lightning_modules.encoding import Encoder
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.autoencoder import Autoencoder
 
 
 def mixed(attach, share=0.5, **where):
@@ -87,3 +96,108 @@ def test_refuses_what_does_not_go_together(attach):
         Mixed(MovingDigits(), MovingDigits(), 1.5)
     with pytest.raises(UserError, match=r"data\.image: found samples of shape"):
         attach(Mixed(Digits(), MovingDigits())).setup()
+
+
+def stills(folder, *sizes):
+    """Pictures of the given sizes, each with two captions in a file."""
+    folder.mkdir()
+    lines = []
+    for n, size in enumerate(sizes):
+        Image.new("RGB", size, (n, 0, 0)).save(folder / f"{n:02d}.png")
+        lines += [json.dumps({"file": f"{n:02d}.png", "text": f"{word} {n}"}) for word in ("first", "second")]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def of_folders(tmp_path, image, **options):
+    """Sixteen clips of two frames beside some images."""
+    clips = tmp_path / "clips"
+    clips.mkdir(exist_ok=True)
+    for n in range(4):
+        frames = [Image.new("L", (16, 16), 40 * k) for k in range(8)]
+        frames[0].save(clips / f"{n}.gif", save_all=True, append_images=frames[1:])
+    video = Video(data_dir=str(clips), frames=2, size=16, val_fraction=0.0, batch_size=1, seed=5)
+    return Mixed(video, image, 0.6, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_images_come_in_their_own_aspects(attach, tmp_path, world):
+    folder = stills(tmp_path / "stills", *[(32, 18)] * 4, *[(16, 16)] * 6)
+    (tmp_path / "stills" / "captions.jsonl").unlink()
+    options = {"frames": 1, "size": 16, "aspects": ["1:1", "16:9"], "multiple": 4, "val_fraction": 0.0, "batch_size": 2}
+    found = []
+    for rank in range(world):
+        data = of_folders(tmp_path, Video(data_dir=folder, seed=5, **options), batch_size=2)
+        data = attach(data, rank=rank, world=world)
+        data.setup()
+        assert (data.batch_size, data.video.batch_size, data.image.batch_size) == (2, 2, 2)
+        found.append(batches(data))
+    images = [[batch["image"] for batch in own if "image" in batch] for own in found]
+    assert {tuple(one.shape[1:]) for one in images[0]} == {(3, 16, 16), (3, 12, 20)}
+    assert all(len({tuple(own.shape[1:]) for own in batch}) == 1 for batch in zip(*images, strict=True))
+    assert {len(batch["text"]) for batch in found[0]} == {2 // world}
+
+
+def test_images_with_captions_in_several_wordings(attach, tmp_path):
+    folder = stills(tmp_path / "stills", *[(16, 16)] * 8)
+    image = ImageText(name="mine", data_dir=folder, val_fraction=0.0, batch_size=4, seed=5)
+    data = attach(of_folders(tmp_path, image))
+    data.setup()
+    found = [batch for batch in batches(data) if "image" in batch]
+    assert {batch["image"].shape for batch in found} == {(4, 3, 16, 16)}
+    assert {text.split()[0] for batch in found for text in batch["text"]} == {"first", "second"}
+    for batch in found:
+        levels = ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+        assert [text.split()[1] for text in batch["text"]] == [str(level) for level in levels]
+
+
+class Halved(Autoencoder):
+    """Every second pixel of three channels."""
+
+    key = "latent"
+
+    def latent_shape(self, shape):
+        return (*shape[:-2], shape[-2] // 2, shape[-1] // 2)
+
+    def encode(self, image, noise=None):
+        return image[..., ::2, ::2]
+
+    def decode(self, latent):
+        raise NotImplementedError
+
+
+def test_latents_of_both_kinds_and_one_autoencoder(attach, tmp_path):
+    plain = of_folders(tmp_path, Video(data_dir=stills(tmp_path / "stills", *[(16, 16)] * 4), frames=1, size=16))
+    (tmp_path / "stills" / "captions.jsonl").unlink()
+    plain.image.val_fraction = 0.0
+    for name, data in (("video", plain.video), ("image", plain.image)):
+        Encoder(data, Halved(), batch=1, shard=2, dtype="float32").write(tmp_path / name)
+    with pytest.raises(UserError, match="encode: data is a Mixed, expected videos or images"):
+        Encoder(plain, Halved())
+    sides = [CachedLatents(str(tmp_path / name), batch_size=2, seed=5) for name in ("video", "image")]
+    data = attach(Mixed(*sides, 0.5))
+    data.setup()
+    assert data.shape_for(Halved()) == (2, 3, 8, 8)
+    found = [data.on_after_batch_transfer(data.on_before_batch_transfer(b, 0), 0) for b in data.train_dataloader()]
+    assert {batch["latent"].shape[1:] for batch in found} == {(2, 3, 8, 8), (3, 8, 8)}
+    for batch in found:
+        assert set(batch) == {"latent", "text", "index"}
+        assert all(isinstance(text, str) for text in batch["text"])
+        assert (batch["latent"].ndim == 4) == (batch["index"].min() >= APART)
+    other = Halved()
+    other.identity = lambda: {"class": "Other"}
+    with pytest.raises(UserError, match="made with class Halved, expected Other"):
+        data.shape_for(other)
+    with pytest.raises(UserError, match=r"data\.image: found latents beside pictures"):
+        attach(Mixed(sides[0], plain.image)).setup()
+
+
+def test_a_mix_of_pairs_has_their_sources(attach):
+    pairs = EditedDigits(MovingDigits(frames=4, n_train=60, n_val=5, n_test=5, batch_size=10))
+    data = attach(Mixed(pairs, MovingDigits(frames=1, n_train=60, batch_size=10), 0.5))
+    data.setup()
+    assert data.sourced
+    for batch in batches(data):
+        assert ("source" in batch) == ("video" in batch)
+        assert all(batch[key].is_floating_point() for key in ("source", "video", "image") if key in batch)
+    assert data.sources(torch.arange(3)).shape == (3, 4, 1, 16, 16)

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,3 +150,15 @@ def test_two_processes_give_the_values_of_one(tmp_path, monkeypatch, cache):
         assert two["exact"][name] == one["exact"][name]
     assert two["count"] == one["count"] == 1797
     assert one["picture"] == two["picture"]
+
+
+def test_data_without_real_samples_are_refused_before_training(tmp_path):
+    class Data:
+        fingerprint = "latents"
+
+        @property
+        def reference_fingerprint(self):
+            raise UserError("data.real: found none")
+
+    with pytest.raises(UserError, match=r"data\.real: found none"):
+        FrechetDistance(Pixels()).check(SimpleNamespace(datamodule=Data()), None)

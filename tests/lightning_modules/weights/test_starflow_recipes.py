@@ -50,12 +50,19 @@ def text_to_image(folder):
     return [*found, "image_size=16", "callbacks.metrics=null", "data.batch_size=4"]
 
 
-def text_to_video(folder):
+def text_to_video(folder, data="video_480p"):
     found = [word for word in COMMON if "strategy" not in word]
     found += ["experiment=starflow_v_480p", "trainer.strategy=auto", *CLIPS, "model.net.text_dim=12", "frames=9"]
     found += ["model.denoiser.text_dim=12", f"model.text.text.path={folder / 't5'}", "model.text.text.length=24"]
     found += [f"model.autoencoder.path={folder / 'wan'}", "image_size=32", "model.window=3", "model.context=2"]
-    return [*found, "data.batch_size=2", "model.inverse.chunk=4", "model.inverse.later=null"]
+    return [
+        *found,
+        f"data={data}",
+        "data.batch_size=2",
+        "callbacks.metrics.n=4",
+        "model.inverse.chunk=4",
+        "model.inverse.later=null",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +135,8 @@ def test_text_to_video_trains_and_continues_a_picture(folder, tmp_path, monkeypa
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "direct"))
     assert _run(["fit", *words]) == 0
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "cached"))
-    own = [word for word in text_to_video(folder) if not word.startswith(("data.", "frames="))]
-    own += ["data=latents", f"data.folder={tmp_path / 'latents'}", "data.batch_size=2", "data.num_workers=0"]
+    own = [word for word in text_to_video(folder, "latents") if not word.startswith(("data.", "frames="))]
+    own += [f"data.folder={tmp_path / 'latents'}", "data.batch_size=2", "data.num_workers=0", "callbacks.metrics=null"]
     assert _run(["fit", *own]) == 0
     trained(tmp_path / "direct")
     trained(tmp_path / "cached")
@@ -144,6 +151,25 @@ def test_text_to_video_trains_and_continues_a_picture(folder, tmp_path, monkeypa
     apart = (first - second).square().flatten(2).mean((0, 2))
     assert apart[1:].min() > 0
     assert drawn(tmp_path / "cached", tmp_path / "c", "prompt=a cat", "frames=4").shape == (2, 13, 3, 32, 48)
+
+
+def test_text_to_video_trains_on_images_too(folder, tmp_path, monkeypatch):
+    stills = ["size=32", "aspects=[1:1,2:3]", "batch_size=1", f"data_dir={folder / 'pictures'}"]
+    videos = [f"data.video.data_dir={folder / 'clips'}", "data.video.val_fraction=0.4"]
+    words = [*text_to_video(folder, "video_480p_mixed"), *videos, *(f"data.image.{word}" for word in stills)]
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "direct"))
+    assert _run(["fit", *words, "data.share=0.5"]) == 0
+    trained(tmp_path / "direct")
+    for name, own in (("video", videos), ("image", [f"data.{word}" for word in stills])):
+        frames = ["frames=1"] if name == "image" else []
+        own = [word.replace("data.video.", "data.") for word in own]
+        out = ["batch=1", "shard=2", f"out={tmp_path / name}"]
+        assert _run(["encode", *text_to_video(folder), *own, *frames, *out]) == 0
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "cached"))
+    words = [word for word in text_to_video(folder, "latents_mixed") if not word.startswith("frames=")]
+    words += [f"data.{name}.folder={tmp_path / name}" for name in ("video", "image")] + ["callbacks.metrics=null"]
+    assert _run(["fit", *words, "data.image.batch_size=1", "data.share=0.5"]) == 0
+    trained(tmp_path / "cached")
 
 
 def test_pixels_of_imagenet(folder, tmp_path, monkeypatch):
