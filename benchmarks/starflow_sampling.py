@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--n", type=int, nargs="+", default=[1, 4, 16], help="clips")
     options.add_argument("--prompt", default="a three moves left")
     options.add_argument("--tolerance", type=float, default=1e-11, help="of the deep block, on squared values")
-    options.add_argument("--shallow-tolerance", type=float, default=1e-7, help="of the others")
+    options.add_argument("--shallow-tolerance", type=float, default=3e-8, help="of the others")
     options.add_argument("--rounds", type=int, default=3)
     given = options.parse_args(argv)
     if given.threads:
