@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -146,8 +147,18 @@ class Lab(LightningCLI):
 
     def after_fit(self) -> None:
         stopped = self.trainer.interrupted or self.trainer.fast_dev_run
-        if not stopped and is_overridden("test_step", self.model) and self.trainer.state.finished:
+        tested = is_overridden("test_step", self.model) and holds_out(self.datamodule)
+        if not stopped and tested and self.trainer.state.finished:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def holds_out(data: Any) -> bool:
+    """Whether there is anything to test on; says so where all is trained on, as in a trial that over-fits."""
+    numbers = getattr(data, "numbers", None)
+    if not numbers or any(len(numbers.get(split, ())) for split in ("test", "val")):
+        return True
+    rank_zero_warn(f"{type(data).__name__} holds nothing out of training (data.val_fraction=0): no test")
+    return False
 
 
 def _clip_fused(precision: Precision) -> None:
