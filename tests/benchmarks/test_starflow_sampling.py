@@ -10,10 +10,11 @@ from penstock.benchmarks import gs_jacobi, starflow_sampling
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.cli import _run
 
-TINY = ["experiment=starflow_v_moving_digits", "trainer.max_steps=1", "data.n_train=32", "data.n_test=4", "frames=3"]
-TINY += ["model.net.dim=32", "model.net.deep_dim=32", "model.net.depths=[1,1]", "model.denoiser.dim=32", "logger=csv"]
-TINY += ["callbacks=base", "callbacks.metrics=null", "callbacks.bits=null", "callbacks.curve=null"]
-TINY += ["callbacks.samples=null", "callbacks.anomaly=null", "callbacks.ema=null", "trainer.accelerator=cpu"]
+TINY = ["model=starflow_v", "net=starflow", "data=moving_digits", "callbacks=base", "logger=csv", "frames=3"]
+TINY += ["model.net.dim=32", "model.net.depths=[1,1]", "model.net.head_dim=32", "model.net.patch=4", "model.net.side=4"]
+TINY += ["model.net.text_dim=32", "model.text.class_path=penstock.lightning_modules.nets.text_encoder.HashedText"]
+TINY += ["model.text.length=4", "model.noise=0.2", "data.n_train=32", "data.n_test=4", "data.batch_size=16"]
+TINY += ["trainer.max_steps=1", "trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="module")
