@@ -15,7 +15,7 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.steps import Bellman, parse_steps
 
 OWN = {"ckpt_path": str, "n": int, "steps": str, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
-OWN |= {"solver": str}
+OWN |= {"solver": str, "inverse": str}
 SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
@@ -53,15 +53,18 @@ def run_sample(words: list[str]) -> int:
     from penstock.lightning_modules.bellman import folder_of, sampling_grid
     from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
     from penstock.lightning_modules.decoding_bar import decoding_bar
+    from penstock.lightning_modules.flow.gs_jacobi import read
 
+    solver, inverse = options.get("solver"), options.get("inverse")
+    changes = ({"solver": solver_config(solver)} if solver else {}) | (read(Path(inverse)) if inverse else {})
     try:
-        solver = options.get("solver")
-        model = model_from_checkpoint(path, **({"solver": solver_config(solver)} if solver else {}))
+        model = model_from_checkpoint(path, **changes)
     except UserError as error:
-        if solver is None or not re.search(r"at model: option 'solver[.']", str(error)):
-            raise
-        name = config_of_checkpoint(path)["model"]["class_path"].rpartition(".")[2]
-        raise UserError(f"solver={solver}: {name} has no solver to choose") from error
+        for word, given_as in (("solver", solver), ("inverse", inverse)):
+            if given_as and re.search(rf"at model: option '{word}[.']", str(error)):
+                name = config_of_checkpoint(path)["model"]["class_path"].rpartition(".")[2]
+                raise UserError(f"{word}={given_as}: {name} has no {word} to choose") from error
+        raise
     if not hasattr(model, "sample"):
         raise UserError(f"ckpt_path={path}: {type(model).__name__} does not generate samples")
     extra_kinds = _options(model)
@@ -80,7 +83,7 @@ def run_sample(words: list[str]) -> int:
     steps = options.get("steps", str(getattr(model, "default_steps", 20)))
     steps = steps if isinstance(asked, Bellman) else int(steps)
     run = run_of_checkpoint(str(path))
-    called = [f"sample_{steps}_steps", *([solver] if solver else [])]
+    called = [f"sample_{steps}_steps", *([solver] if solver else []), *([Path(inverse).stem] if inverse else [])]
     called += [f"{key}_{given[key]}" for key in (*extra, "labels", "seed") if key in given]
     out = Path(options.get("out") or (run or Path(".")) / "samples" / re.sub(r"[^-.\w]", "_", "_".join(called)))
     with made("sample", out):
@@ -93,7 +96,8 @@ def run_sample(words: list[str]) -> int:
                 part = None if cond is None else cond[first : first + size]
                 parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
         seconds = time.perf_counter() - start
-        report = {"n": options["n"], "steps": steps} | ({"solver": solver} if solver else {})
+        report = {"n": options["n"], "steps": steps}
+        report |= {word: options[word] for word in ("solver", "inverse") if word in options}
         report |= extra | ({"labels": options["labels"]} if "labels" in options else {})
         report |= {"network_calls": model.nfe, "device": str(device), "seconds_per_sample": seconds / options["n"]}
         if traces := getattr(model, "traces", []):

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from penstock.benchmarks import gs_jacobi, starflow_sampling
 from penstock.lightning_modules.build import model_from_checkpoint
-from penstock.lightning_modules.cli import _run
+from penstock.lightning_modules.cli import _run, main
 
 TINY = ["model=starflow_v", "net=starflow", "data=moving_digits", "callbacks=base", "logger=csv", "frames=3"]
 TINY += ["model.net.dim=32", "model.net.depths=[1,1]", "model.net.head_dim=32", "model.net.patch=4", "model.net.side=4"]
@@ -57,3 +58,24 @@ def test_chosen_inverses_and_those_by_hand_make_the_same_clips(checkpoint, tmp_p
     model = model_from_checkpoint(checkpoint, **chosen)
     assert model.inverse.chunk in (12, 48)
     assert len(model.shallow) == 1
+    words = ["sample", f"ckpt_path={checkpoint}", "n=2", "steps=100", "device=cpu"]
+    for name in ("first", "chosen"):
+        inverse = [f"inverse={tmp_path}/gs_jacobi.yaml"] if name == "chosen" else []
+        assert _run([*words, f"out={tmp_path}/{name}", *inverse]) == 0
+    kept = {name: load_file(tmp_path / name / "samples.safetensors")["samples"] for name in ("first", "chosen")}
+    torch.testing.assert_close(kept["chosen"], kept["first"], rtol=0, atol=1e-2)
+    report = json.loads((tmp_path / "chosen" / "report.json").read_text())
+    assert report["inverse"] == f"{tmp_path}/gs_jacobi.yaml"
+    assert report["calls_of_blocks"] != json.loads((tmp_path / "first" / "report.json").read_text())["calls_of_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [(None, "expected a YAML file with the keys inverse and shallow"), ("solver: 1", "it has solver;")]
+)
+def test_another_file_is_no_inverse(text, line, checkpoint, tmp_path, capsys):
+    if text:
+        (tmp_path / "other.yaml").write_text(text)
+    assert main(["sample", f"ckpt_path={checkpoint}", "n=1", f"inverse={tmp_path}/other.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
