@@ -23,9 +23,9 @@ from penstock.benchmarks.timing import alternate
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.autoregressive_module import AutoregressiveModule
 from penstock.lightning_modules.build import build, config_of_checkpoint, model_from_checkpoint
-from penstock.lightning_modules.flow.gs_jacobi import Metrics, choose, config, measure
 from penstock.lightning_modules.flow.inverse import Inverse, Jacobi
 from penstock.lightning_modules.flow.inverse import Sequential as TokenByToken
+from penstock.lightning_modules.gs_jacobi import Metrics, choose, config, measure
 
 MOST = 1000
 

@@ -16,7 +16,7 @@ from penstock.lightning_modules.cli.conf import check_choice, conf_dirs, groups
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 KEYS = ("model", "data", "trainer", "callbacks", "logger", "seed_everything", "ckpt_path", "weights_only")
-OWN = ("run_dir", "objective", "shape", "num_classes", "image_size", "frames", "teacher", "initial")
+OWN = ("objective", "shape", "num_classes", "image_size", "frames", "teacher", "initial")
 SUGAR = {"model.lr": "model.optimizer.lr"}
 
 

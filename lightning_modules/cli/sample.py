@@ -53,7 +53,7 @@ def run_sample(words: list[str]) -> int:
     from penstock.lightning_modules.bellman import folder_of, sampling_grid
     from penstock.lightning_modules.build import config_of_checkpoint, model_from_checkpoint
     from penstock.lightning_modules.decoding_bar import decoding_bar
-    from penstock.lightning_modules.flow.gs_jacobi import read
+    from penstock.lightning_modules.gs_jacobi import read
 
     solver, inverse = options.get("solver"), options.get("inverse")
     changes = ({"solver": solver_config(solver)} if solver else {}) | (read(Path(inverse)) if inverse else {})

@@ -28,6 +28,8 @@ def run_sweep(verb: str, words: list[str]) -> int:
     """
     hydra_own = [w for w in words if w.lstrip("+~").startswith(("hydra/", "hydra."))]
     own_words = [w for w in words if w not in hydra_own]
+    if any(w.partition("=")[0] == "run_dir" for w in own_words):
+        raise UserError("run_dir: all jobs of a sweep would write to one folder; leave it out")
     overrides = _expandable(own_words)
     import hydra
     from hydra.errors import HydraException

@@ -86,8 +86,14 @@ def _own_argv_hidden():
 
 
 def run_verb(verb: str, words: list[str]) -> int:
-    """Runs one verb in this process; returns the exit code."""
+    """Runs one verb in this process; returns the exit code.
+
+    The run folder is `RUN_DIR` of the environment, else that of a word `run_dir=`, else what `plan` says.
+    """
+    asked = _value(words, "run_dir")
+    words = [w for w in words if w.partition("=")[0] != "run_dir"]
     args, run_dir = plan(verb, [w for w in words if w != "--print"], run="--print" not in words)
+    run_dir = os.environ.get("RUN_DIR") or asked or run_dir
     if "--print" in words and isinstance(args, dict):
         import yaml
 

@@ -70,7 +70,8 @@ def test_chosen_inverses_and_those_by_hand_make_the_same_clips(checkpoint, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [(None, "expected a YAML file with the keys inverse and shallow"), ("solver: 1", "it has solver;")]
+    ("text", "line"),
+    [(None, "expected a YAML file with the keys inverse and shallow"), ("solver: 1", "it has solver;")],
 )
 def test_another_file_is_no_inverse(text, line, checkpoint, tmp_path, capsys):
     if text:

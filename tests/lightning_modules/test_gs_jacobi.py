@@ -10,8 +10,8 @@ import yaml
 from penstock.lightning_modules.autoregressive_module import AutoregressiveModule
 from penstock.lightning_modules.build import build
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.flow.gs_jacobi import Metrics, choose, config, measure, read
 from penstock.lightning_modules.flow.inverse import Jacobi
+from penstock.lightning_modules.gs_jacobi import Metrics, choose, config, measure, read
 from penstock.lightning_modules.nets.autoregressive import Decoder
 from penstock.lightning_modules.nets.starflow import STARFlow
 from penstock.lightning_modules.nets.tarflow import TARFlow
