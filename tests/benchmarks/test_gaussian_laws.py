@@ -79,9 +79,9 @@ def test_moving_digits_leave_their_table(tmp_path):
     words = ["--n-train", "40", "--n-test", "6", "--frames", "3", "--threads", "1", "--out", str(tmp_path)]
     assert moving_digits_gaussian.main(words) == 0
     torch.set_num_threads(threads)
-    nats = [
-        row["nats a dimension"] for row in json.loads((tmp_path / "moving_digits_gaussian.json").read_text())["rows"]
-    ]
+    rows = json.loads((tmp_path / "moving_digits_gaussian.json").read_text())["rows"]
+    nats = [row["1 px a frame"] for row in rows]
+    assert nats != [row["2 px a frame"] for row in rows]
     assert len(nats) == 5
     assert nats[0] != nats[1] != nats[2]
     assert nats[2] == nats[3] == nats[4]
