@@ -17,7 +17,7 @@ from penstock.lightning_modules.strategies import FullyShard, blocks, networks
 
 FOLDER = Path(__file__).resolve().parents[1] / "reliability"
 TINY = ["experiment=rectified_flow_digits", "data.val_fraction=0.95", "data.batch_size=20", "data.eval_batch_size=40"]
-TINY += ["model.net.width=8", "perf=default", "logger=csv", "callbacks.ema.decay=0.9"]
+TINY += ["model.net.width=8", "model.net.blocks=1", "perf=default", "logger=csv", "callbacks.ema.decay=0.9"]
 TINY += ["callbacks.metrics.n=20", "callbacks.metrics.steps=[1]", "callbacks.samples.rows=1"]
 TINY += ["callbacks.samples.steps=1", "trainer.check_val_every_n_epoch=1", "trainer.limit_val_batches=2"]
 TINY += ["trainer.limit_test_batches=1", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
@@ -132,8 +132,9 @@ def test_weights_outside_any_network_are_refused():
         FullyShard()._shard(module)
 
 
-CLIPS = ["experiment=starflow_v_moving_digits", "trainer.max_steps=4", "data.n_train=64", "data.n_test=8"]
-CLIPS += ["data.n_val=8", "data.batch_size=8", "frames=4", "model.net.dim=32", "model.net.deep_dim=32"]
+CLIPS = ["experiment=starflow_v_moving_digits", "trainer.max_steps=4", "data.video.n_train=64"]
+CLIPS += ["data.video.n_test=8", "data.video.n_val=8", "data.image.n_train=64", "data.image.batch_size=8"]
+CLIPS += ["data.batch_size=8", "frames=4", "model.net.dim=32"]
 CLIPS += ["model.net.depths=[1,1]", "model.denoiser.dim=32", "callbacks.metrics=null", "callbacks.anomaly=null"]
 CLIPS += ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.ema.decay=0.9", "logger=csv"]
 CLIPS += ["trainer.accelerator=cpu"]

@@ -31,8 +31,9 @@ PAIRS += ["+model.scheduler={class_path: penstock.lightning_modules.schedules.Wa
 
 STARFLOW = ["data.batch_size=20", "data.eval_batch_size=40", "callbacks.likelihood=null", "model.net.dim=32"]
 STARFLOW += ["model.net.depths=[1,1]", "data.val_fraction=0.95", "model.scheduler.warmup=2"]
-CLIPS = ["frames=4", "data.batch_size=20", "data.eval_batch_size=40", "data.n_train=80", "data.n_val=80"]
-CLIPS += ["data.n_test=40", "model.net.dim=32", "model.net.deep_dim=32", "model.net.depths=[1,1]"]
+CLIPS = ["frames=4", "data.batch_size=20", "data.eval_batch_size=40", "data.video.n_train=80"]
+CLIPS += ["data.video.n_val=80", "data.video.n_test=40", "data.image.n_train=80", "data.image.batch_size=40"]
+CLIPS += ["data.share=0.4", "model.net.dim=32", "model.net.depths=[1,1]"]
 CLIPS += ["model.denoiser.dim=32", "model.scheduler.total=8", "model.scheduler.warmup=2", "model.last_frame=0.25"]
 CLIPS += ["callbacks.anomaly=null", "trainer.max_steps=-1"]
 
