@@ -6,7 +6,6 @@ Data keep their order, so that labels and indices stay aligned: a coupling only 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import ot
 import torch
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class Independent(Coupling):
 class MinibatchOT(Coupling):
     """Optimal transport inside a batch for the cost `|x0 - x1|^2` (arXiv 2302.00482 section 4.2, arXiv 2304.14772).
 
-    Plans are computed by POT on the CPU in float64.
+    Plans are computed by POT on the CPU in float64. POT is imported with the first of them: that takes a second.
 
     Args:
         reg: None for the exact plan, a permutation; otherwise the entropic regularisation in units of the mean cost of
@@ -62,6 +61,8 @@ class MinibatchOT(Coupling):
         _check(x0, x1)
         if len(x1) == 0:
             return x0, x1, torch.arange(0, device=x1.device)
+        import ot
+
         cost = torch.cdist(x0.detach().double().flatten(1).cpu(), x1.detach().double().flatten(1).cpu()).square()
         weight = torch.full((len(x1),), 1 / len(x1), dtype=torch.float64)
         if self.reg is None:

@@ -30,10 +30,11 @@ def quick(tmp_path, monkeypatch):
     """A folder of own experiments: `flow`, and `second`, whose teacher is `flow`."""
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
-    flow = QUICK.format(base="rectified_flow_digits", more="limit_train_batches: 2")
+    flow = QUICK.format(base="rectified_flow_digits", more="limit_train_batches: 2, limit_test_batches: 1")
     (folder / "flow.yaml").write_text("# @package _global_\n# penstock fit experiment=flow" + flow)
-    second = QUICK.format(base="reflow_digits", more="limit_train_batches: 2")
+    second = QUICK.format(base="reflow_digits", more="limit_train_batches: 2, limit_test_batches: 1")
     second += "teacher: flow\ndata: {n: 256, steps: 1, pairs_batch: 128, shard: 128}\n"
+    second = second.replace("samples: null", "samples: null, straightness: {n: 32, steps: 10}")
     (folder / "second.yaml").write_text("# @package _global_\n# penstock fit experiment=second" + second)
     monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path / "conf"))
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -125,31 +124,32 @@ def test_only_what_is_missing_is_made(teacher, tmp_path):
 
 
 KILLED = """
-import sys
+import os, signal, sys, time
 from pathlib import Path
 from penstock.lightning_modules.pairs import PairMaker, Recipe, write_pairs
-maker = PairMaker(sys.argv[1], Recipe(n=400, steps=3, batch=5, shard=10))
-print("ready", flush=True)
-write_pairs(maker, Path(sys.argv[2]))
+maker, folder = PairMaker(sys.argv[1], Recipe(n=400, steps=3, batch=5, shard=10)), Path(sys.argv[2])
+made = lambda: len(list(folder.glob("shard_*.safetensors")))
+for attempt in range(3):
+    before, child = made(), os.fork()
+    if not child:
+        write_pairs(maker, folder)
+        os._exit(0)
+    while made() == before:
+        time.sleep(0.002)
+    time.sleep(0.013 * attempt)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), made())
 """
 
 
 def test_killed_again_and_again_without_gaps_or_duplicates(teacher, tmp_path):
-    kills = 0
-    for attempt in range(30):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(teacher), str(tmp_path / "killed")],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        process.stdout.readline()
-        time.sleep(0.05 + 0.1 * (attempt % 4))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        if process.returncode == 0 or attempt >= 2:
-            break
-    assert kills
+    """Each killed maker is a fork of one process, which spares the imports."""
+    command = [sys.executable, "-c", KILLED, str(teacher), str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    codes, shards = zip(*(map(int, line.split()) for line in said.splitlines()), strict=True)
+    assert codes == (-signal.SIGKILL,) * 3
+    assert 2 < shards[-1] < 40
     maker = PairMaker(teacher, recipe(n=400))
     write_pairs(maker, tmp_path / "killed")
     write_pairs(maker, tmp_path / "never")

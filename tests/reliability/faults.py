@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,19 @@ class Slow(Callback):
 
 
 class Interrupt(Callback):
-    """Ctrl-C in the first batch after `step - 1` steps, unless the run is a resumed one."""
+    """A signal in the first batch after `step - 1` steps, unless the run is a resumed one.
 
-    def __init__(self, step: int):
-        self.step = step
+    Args:
+        step: The step in which it comes.
+        sent: Its number: Ctrl-C or SIGTERM.
+    """
+
+    def __init__(self, step: int, sent: int):
+        self.step, self.sent = step, sent
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step - 1 and not trainer.ckpt_path:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.sent)
 
 
 class NoWaiting(Callback):

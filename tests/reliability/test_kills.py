@@ -11,9 +11,9 @@ import harness
 import pytest
 from methods import words
 
-LONG = ["trainer.max_epochs=40", "trainer.check_val_every_n_epoch=4"]
+LONG = ["trainer.max_epochs=12", "trainer.check_val_every_n_epoch=4"]
 KILLED = ["rectified_flow_digits", "rectified_flow_points", "reflow_digits", "instaflow_digits"]
-SLOW = ["+callbacks.slow={class_path: faults.Slow, seconds: 0.02}"]
+SLOW = ["+callbacks.slow={class_path: faults.Slow, seconds: 0.05}"]
 
 
 def start(run: Path, *all_words: str) -> subprocess.Popen:
@@ -33,7 +33,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Undisturbed runs of 40 epochs, by method."""
+    """Undisturbed runs of 12 epochs, by method."""
     known = {}
 
     def get(method):
@@ -52,7 +52,7 @@ def assert_resumed_as(whole: Path, run: Path) -> None:
     assert harness.metrics(run) == harness.metrics(whole)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_the_run_goes_on(sent, whole, tmp_path):
     run, method = tmp_path / "run", "rectified_flow_points"
     never = ["callbacks.checkpoint.every_n_train_steps=null", "callbacks.checkpoint.every_n_epochs=1000"]
@@ -73,19 +73,24 @@ def test_ctrl_c_saves_and_the_run_goes_on(sent, whole, tmp_path):
     assert_resumed_as(whole(method), run)
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_ctrl_c_before_a_validation_waits_for_it(step, whole, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert harness.penstock("fit", *words("rectified_flow_points"), "trainer.max_epochs=2", run=folder).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(("step", "sent"), [(3, signal.SIGTERM), (4, signal.SIGINT)])
+def test_a_signal_before_a_validation_waits_for_it(step, sent, undisturbed, tmp_path):
     """Step 4 ends an epoch: its validation comes before the run stops, for a resumed run would not make it."""
-    run, method = tmp_path / "run", "rectified_flow_points"
-    fault = f"+callbacks.fault={{class_path: faults.Interrupt, step: {step}}}"
-    process = start(run, *words(method), "trainer.max_epochs=2", fault)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err[-3000:]
-    assert harness.state(run)["/global_step"] == step
-    assert ("val/loss" in harness.metrics(run)[step - 1]) == (step == 4)
-    undisturbed = tmp_path / "undisturbed"
-    assert harness.penstock("fit", *words(method), "trainer.max_epochs=2", run=undisturbed).code == 0
-    assert_resumed_as(undisturbed, run)
+    fault = f"+callbacks.fault={{class_path: faults.Interrupt, step: {step}, sent: {int(sent)}}}"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    done = harness.penstock("fit", *words("rectified_flow_points"), "trainer.max_epochs=2", fault, run=tmp_path)
+    assert done.code == 130, done.err[-3000:]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert harness.state(tmp_path)["/global_step"] == step
+    assert ("val/loss" in harness.metrics(tmp_path)[step - 1]) == (step == 4)
+    assert_resumed_as(undisturbed, tmp_path)
 
 
 @pytest.mark.slow
