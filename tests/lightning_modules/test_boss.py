@@ -196,6 +196,7 @@ class Corrected(nn.Module):
         return self.teacher(x, t) + self.mlp(x, t)
 
 
+@pytest.mark.slow
 def test_a_tuned_student_ends_nearer_to_its_teacher():
     """Four steps on the three modes; chords of the best schedule are easier to learn than those of equal steps."""
     means, grid = torch.from_numpy(THREE_MODES).float(), uniform(100)
@@ -271,7 +272,7 @@ def fit(teacher, folder, monkeypatch, *words):
     return code
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_run_resume_and_sample(teacher, tmp_path, monkeypatch, rank):
     words = [f"model.lora_rank={rank}", "trainer.check_val_every_n_epoch=1"]
     assert fit(teacher, tmp_path / "whole", monkeypatch, *words, "trainer.max_epochs=4") == 0

@@ -1,4 +1,7 @@
-"""Every experiment composes, and runs two steps of training, a validation and a test with a tiny network."""
+"""Every experiment composes, and runs two steps of training, a validation and a test with a tiny network.
+
+The quick suite leaves out `VARIANTS`: the classes of each are those of an experiment that it runs.
+"""
 
 import json
 import subprocess
@@ -15,6 +18,15 @@ from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
 
 EXPERIMENTS = list(options("experiment"))
+VARIANTS = ("boss_cifar10_16", "boss_cifar10_distill", "boss_cifar10_uniform_reflow", "boss_digits_uniform_reflow")
+VARIANTS += ("distill_cifar10_16", "rectified_flow_celebahq", "rectified_flow_cifar10_16")
+VARIANTS += (
+    "rectified_flow_lsun_bedroom",
+    "rectified_flow_lsun_church",
+    "rectified_flow_pp_cifar10",
+    "rectified_flow_pp_cifar10_16",
+)
+VARIANTS += ("rectified_flow_pp_cifar10_16", "reflow_cifar10_16", "twinflow_cifar10_16", "twinflow_digits_tuned")
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"
 SQUEEZE = SHARED / "weights" / "squeezenet1_1_imagenet_fp16.safetensors"
@@ -107,7 +119,10 @@ def small(name, images):
     return TINY_GRID
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+QUICK_OR_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("name", QUICK_OR_SLOW)
 def test_two_steps(name, images, tmp_path):
     done = harness.penstock("fit", f"experiment={name}", *SHORT, *small(name, images), run=tmp_path)
     assert done.code == 0, done.err[-2000:]

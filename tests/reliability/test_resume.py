@@ -17,11 +17,12 @@ SETUPS = {
     "saving each epoch": ["callbacks.checkpoint.every_n_train_steps=null"],
 }
 CUTS = ["step1", "step3", "validated4", "epoch4", "step6"]
-QUICK = ("rectified_flow_digits", "reflow_digits", "rectified_flow_ot", "twinflow_digits")
-OTHER = [("two workers", "step2"), ("two workers", "epoch4"), ("watching a metric", "validated8")]
-OTHER += [("validating within epochs", "step1"), ("validating within epochs", "validated2")]
-OTHER += [("accumulating", "step1"), ("accumulating", "epoch2")]
-OTHER += [("saving each epoch", "epoch4"), ("saving each epoch", "step6")]
+QUICK = ("rectified_flow_digits", "reflow_digits")
+SAME = ("rectified_flow_points", "rectified_flow_pp_digits", "boss_digits")
+OTHER = [("two workers", "step2"), ("watching a metric", "validated8"), ("validating within epochs", "validated2")]
+OTHER += [("accumulating", "step1"), ("saving each epoch", "step6")]
+MORE = [("two workers", "epoch4"), ("validating within epochs", "step1"), ("accumulating", "epoch2")]
+MORE += [("saving each epoch", "epoch4")]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,10 @@ def assert_same(run, other):
 
 
 def at_each_cut():
-    """Every method within an epoch; at the other moments three of them, the rest in the slow suite."""
+    """Quick: each kind of method within an epoch, `QUICK` at every moment; `SAME` differ from others in no state."""
     for method in METHODS:
         for cut in CUTS:
-            quick = cut == "step3" or method in QUICK
+            quick = method in QUICK or (cut == "step3" and method not in SAME)
             yield pytest.param(method, cut, marks=[] if quick else pytest.mark.slow)
 
 
@@ -67,7 +68,7 @@ def test_killed_and_resumed(method, cut, whole, tmp_path):
     assert_same(resumed(cuts / cut, tmp_path), run)
 
 
-@pytest.mark.parametrize(("setup", "cut"), OTHER)
+@pytest.mark.parametrize(("setup", "cut"), [*OTHER, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)])
 def test_killed_and_resumed_in_other_setups(setup, cut, whole, tmp_path):
     run, cuts = whole("rectified_flow_digits", setup)
     assert_same(resumed(cuts / cut, tmp_path), run)

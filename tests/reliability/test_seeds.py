@@ -7,7 +7,7 @@ import yaml
 from methods import mostly_slow, words
 
 
-@pytest.fixture(scope="module", params=mostly_slow("rectified_flow_digits", "rectified_flow_ot", "twinflow_digits"))
+@pytest.fixture(scope="module", params=mostly_slow("rectified_flow_digits", "rectified_flow_ot"))
 def runs(request, tmp_path_factory):
     """Runs of one epoch: twice the seed 3, once the seed 4."""
     folder = tmp_path_factory.mktemp("seeds")

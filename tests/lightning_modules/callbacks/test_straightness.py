@@ -69,6 +69,7 @@ def test_numbers_out_of_range():
         Straightness(n=1)
 
 
+@pytest.mark.slow
 def test_the_reflow_of_a_flow_from_data_to_data_is_straighter(tmp_path, monkeypatch):
     short = ["trainer.max_epochs=-1", "trainer.max_steps=300", "trainer.limit_val_batches=0", "trainer.accelerator=cpu"]
     short += ["logger=csv", "callbacks.ema.decay=0.95", "callbacks.straightness.steps=20"]
