@@ -64,9 +64,9 @@ def flows():
     truth = toys.exact()
     generator = torch.Generator().manual_seed(1)
     x0, x1 = toys.balanced_pairs(N, generator)
-    first = toys.train(toys.three_modes(512), 4000, sharpness=10)
+    first = toys.train(toys.three_modes(512), 2000, sharpness=10)
     pairs = toys.reflow_pairs(first, truth.source.sample(8000, generator), 512)
-    second = toys.train(pairs, 2000, times=UShaped(), sharpness=10)
+    second = toys.train(pairs, 1000, times=UShaped(), sharpness=10)
     return first, second, x0, x1, torch.rand(N, generator=generator)
 
 

@@ -12,8 +12,7 @@ from penstock.lightning_modules.checkpoints import load_checkpoint
 TWO = ["strategy=ddp", "trainer.devices=2"]
 CUTS = [(method, "step3") for method in METHODS]
 CUTS += [(method, "epoch4") for method in ("rectified_flow_digits", "rectified_flow_ot")]
-QUICK = ("reflow_digits", "boss_digits", "instaflow_digits", "rectified_flow_digits", "rectified_flow_ot")
-QUICK += ("twinflow_digits",)
+QUICK = ("rectified_flow_digits", "reflow_digits", "boss_digits")
 PLAIN = ["model.net.dropout=0", "data.eval_batch_size=18", "trainer.limit_val_batches=null"]
 PLAIN += ["data.val_fraction=0.0606", "data.batch_size=24", "trainer.limit_train_batches=4"]
 
