@@ -17,7 +17,7 @@ from penstock.lightning_modules.strategies import FullyShard, blocks, networks
 
 FOLDER = Path(__file__).resolve().parents[1] / "reliability"
 TINY = ["experiment=rectified_flow_digits", "data.val_fraction=0.95", "data.batch_size=20", "data.eval_batch_size=40"]
-TINY += ["model.net.width=8", "model.net.blocks=1", "perf=default", "logger=csv", "callbacks.ema.decay=0.9"]
+TINY += ["model.net.width=8", "perf=default", "logger=csv", "callbacks.ema.decay=0.9"]
 TINY += ["callbacks.metrics.n=20", "callbacks.metrics.steps=[1]", "callbacks.samples.rows=1"]
 TINY += ["callbacks.samples.steps=1", "trainer.check_val_every_n_epoch=1", "trainer.limit_val_batches=2"]
 TINY += ["trainer.limit_test_batches=1", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
