@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+from penstock.lightning_modules.cli.compose import nest_init_args
 from penstock.lightning_modules.cli.given import check_keys, solver_config, split, typed, usable_device
 from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.cli.verbs import run_of_checkpoint
@@ -56,7 +57,9 @@ def run_sample(words: list[str]) -> int:
     from penstock.lightning_modules.gs_jacobi import read
 
     solver, inverse = options.get("solver"), options.get("inverse")
-    changes = ({"solver": solver_config(solver)} if solver else {}) | (read(Path(inverse)) if inverse else {})
+    changes = ({"solver": solver_config(solver)} if solver else {}) | (
+        nest_init_args(read(Path(inverse))) if inverse else {}
+    )
     try:
         model = model_from_checkpoint(path, **changes)
     except UserError as error:
