@@ -80,3 +80,12 @@ def test_another_file_is_no_inverse(text, line, checkpoint, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert line in error
+
+
+def test_arguments_stand_beside_the_class(checkpoint, tmp_path):
+    path = tmp_path / "slide.yaml"
+    path.write_text("inverse: {class_path: penstock.lightning_modules.flow.sliding.Sliding, window: 2}")
+    words = [f"ckpt_path={checkpoint}", "n=1", "steps=100", "device=cpu", f"inverse={path}", f"out={tmp_path}/out"]
+    assert _run(["sample", *words]) == 0
+    calls = json.loads((tmp_path / "out" / "report.json").read_text())["calls_of_blocks"]
+    assert 3 * 16 // 2 <= max(calls) <= 3 * 16
