@@ -48,7 +48,8 @@ class TranslationError:
 
     def compute(self, trainer: pl.Trainer) -> dict[str, float]:
         """The mean over the samples."""
-        self._means = (sum_over_ranks(self._sums)[1:] / sum_over_ranks(self._sums)[0]).tolist()
+        count, *sums = sum_over_ranks(self._sums).tolist()
+        self._means = [total / count for total in sums]
         return {"translation_mse": self._means[0]}
 
     def constants(self, trainer: pl.Trainer) -> dict[str, float]:

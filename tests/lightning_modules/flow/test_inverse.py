@@ -2,26 +2,18 @@
 
 import pytest
 import torch
+from token_laws import TokenLaws
 
 from penstock.lightning_modules.flow.inverse import Jacobi, Sequential, guess, prepared
 
 BATCH, FRAME, TOKENS = 2, 4, 12
 
 
-class Laws:
-    """Mean and scale of token i follow from the tokens before it; what a call was told is remembered."""
+class Laws(TokenLaws):
+    """Of this file's size."""
 
-    def __init__(self, seed=0, tokens=TOKENS, strength=0.7):
-        generator = torch.Generator().manual_seed(seed)
-        self.weights = strength * torch.randn(2, tokens, tokens, generator=generator).double()
-        self.memory, self.calls = torch.full((BATCH, tokens, 1), torch.nan).double(), []
-
-    def __call__(self, before, start):
-        end = start + before.shape[1]
-        self.calls.append((start, end))
-        self.memory[:, start:end], self.memory[:, end:] = before, torch.nan
-        mean, scale = (weights[start:end, :end].tril(start) for weights in self.weights)
-        return torch.tanh(mean @ self.memory[:, :end]), torch.exp(0.5 * torch.tanh(scale @ self.memory[:, :end]))
+    def __init__(self, tokens=TOKENS, strength=0.7):
+        super().__init__(BATCH, tokens, strength)
 
 
 class Told:

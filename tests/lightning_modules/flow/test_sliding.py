@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from token_laws import TokenLaws
 
 from penstock.lightning_modules.autoregressive_module import unfinished
 from penstock.lightning_modules.flow.inverse import Jacobi, Sequential
@@ -13,20 +14,11 @@ BATCH, FRAME, TOKENS = 3, 4, 24
 FIRST = torch.full((BATCH, 1, 1), 0.5).double()
 
 
-class Laws:
-    """Mean and scale of token i follow from the tokens before it; what a call was told is remembered."""
+class Laws(TokenLaws):
+    """Of this file's size."""
 
     def __init__(self, strength=0.4):
-        generator = torch.Generator().manual_seed(0)
-        self.weights = strength * torch.randn(2, TOKENS, TOKENS, generator=generator).double()
-        self.memory, self.calls = torch.full((BATCH, TOKENS, 1), torch.nan).double(), []
-
-    def __call__(self, before, start):
-        end = start + before.shape[1]
-        self.calls.append((start, end))
-        self.memory[:, start:end], self.memory[:, end:] = before, torch.nan
-        mean, scale = (weights[start:end, :end].tril(start) for weights in self.weights)
-        return torch.tanh(mean @ self.memory[:, :end]), torch.exp(0.5 * torch.tanh(scale @ self.memory[:, :end]))
+        super().__init__(BATCH, TOKENS, strength)
 
 
 def noise(seed=1):
