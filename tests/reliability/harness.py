@@ -5,13 +5,12 @@ import csv
 import io
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ranks
 import torch
 
 from penstock.lightning_modules.checkpoints import load_checkpoint
@@ -70,24 +69,9 @@ def on_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, timeout: floa
         How each job ended, for each rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    processes = []
-    for rank in range(world):
-        ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
-        group = {k: str(v) for k, v in (ids | {"MASTER_PORT": port}).items()}
-        env = variables(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="test", **group)
-        arguments = [sys.executable, str(HERE / "harness.py"), str(folder)]
-        processes.append(subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [process.communicate(timeout=timeout)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world, "\n".join(output[-3000:] for output in outputs)
+    with ranks.running(HERE / "harness.py", folder, world=world, timeout=timeout, environment=variables()):
+        pass
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return [[Done(*done) for done in report] for report in reports]
 

@@ -1,14 +1,12 @@
 """Pictures of benchmarks: layouts, the same for any batch and number of ranks, resume, what is refused."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
@@ -199,23 +197,9 @@ def test_a_text_conditional_flow_draws_for_its_prompts(fakes, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_write_the_files_of_one(fakes, tmp_path):
     """One process for each rank, which this file is too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "two")],
-            env=os.environ | shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for form in FORMS:
-        draw(fakes, tmp_path / "one", form=form)
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    with ranks.running(__file__, tmp_path / "two"):
+        for form in FORMS:
+            draw(fakes, tmp_path / "one", form=form)
     for form in FORMS:
         assert files(tmp_path / "two" / form) == files(tmp_path / "one" / form)
 

@@ -1,14 +1,12 @@
 """Clips of VBench: names that its scorer looks for, whole files, resume, ranks, what is refused; a real MP4."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import ranks
 import torch
 from lightning.pytorch import LightningModule
 
@@ -189,22 +187,8 @@ def test_a_real_mp4_is_read_back(fakes, tmp_path):
 @pytest.mark.usefixtures("encoder")
 def test_two_ranks_write_the_files_of_one(fakes, tmp_path):
     """One process for each rank, which this file is too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "two")],
-            env=os.environ | shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    draw(fakes, tmp_path / "one")
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    with ranks.running(__file__, tmp_path / "two"):
+        draw(fakes, tmp_path / "one")
     assert files(tmp_path / "two" / "vbench") == files(tmp_path / "one" / "vbench")
 
 

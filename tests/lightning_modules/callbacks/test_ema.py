@@ -1,11 +1,10 @@
 """EMA: formula, golden numbers, what callbacks and files see, resume, compiled, tied, frozen and sharded weights."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import ranks
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -271,11 +270,8 @@ def test_bad_settings(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_over_two_ranks(tmp_path):
-    script = Path(__file__).with_name("sharded_ema.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    run = subprocess.run([*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
-                         capture_output=True, text=True)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    with ranks.running(Path(__file__).with_name("sharded_ema.py"), tmp_path):
+        pass
     plain, sharded = (load_checkpoint(tmp_path / f"{kind}.ckpt") for kind in ("plain", "fsdp2"))
     assert sharded["callbacks"] == plain["callbacks"]
     for part in ("state_dict", "current_model_state"):

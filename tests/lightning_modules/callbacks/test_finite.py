@@ -1,12 +1,12 @@
 """FiniteGuard: every rank stops at the same step, names step, rank, samples, last good file; nothing is saved after."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import ranks
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
@@ -150,11 +150,8 @@ def test_a_healthy_run_is_left_alone(tmp_path):
 
 @pytest.mark.slow
 def test_nan_on_rank_1_stops_both_ranks_at_the_same_step(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    script = Path(__file__).resolve()
-    run = subprocess.run([*command, "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
-                         capture_output=True, text=True)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
+    with ranks.running(__file__, tmp_path):
+        pass
     expected = (
         "loss is not finite at step 1 of epoch 0: nan on rank 1 in the batch of samples 9, 11, 13, 15 ('points' is not "
         f"finite in 1 of them, first 13); expected a finite number; last good checkpoint '{tmp_path}/1.ckpt'"

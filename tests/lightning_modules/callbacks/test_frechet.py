@@ -1,14 +1,11 @@
 import importlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -120,22 +117,8 @@ def test_an_empty_split_is_named(fakes, tmp_path):
 
 def test_two_processes_give_the_values_of_one(tmp_path, monkeypatch, cache):
     here = Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(here / "two_ranks.py"), str(tmp_path / f"rank{rank}")],
-            env=os.environ | settings | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    with ranks.running(here / "two_ranks.py", tmp_path, timeout=120):
+        pass
     two, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "another"))
     monkeypatch.syspath_prepend(here)

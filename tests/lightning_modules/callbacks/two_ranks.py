@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -49,5 +50,5 @@ def run(world: int, folder: Path) -> dict:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    out = Path(sys.argv[1])
+    out = Path(sys.argv[1], f"rank{os.environ['RANK']}")
     out.with_suffix(".json").write_text(json.dumps(run(2, out)))
