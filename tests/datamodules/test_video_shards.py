@@ -2,21 +2,21 @@
 
 import io
 import json
-import re
 import tarfile
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import video_files
 from PIL import Image
+from video_files import GREYS, clips
 
 from penstock.datamodules import video_readers
 from penstock.datamodules.tar_shards import groups
-from penstock.datamodules.video import Video
 from penstock.lightning_modules.errors import UserError
 
-GREYS = np.arange(0, 250, 10)
+ready, says = (partial(of_any, frames=2, batch_size=2) for of_any in (video_files.ready, video_files.says))
 
 
 def gif(numbers):
@@ -35,22 +35,6 @@ def shard(path, *members):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
-
-
-def ready(folder, **options):
-    data = Video(**({"data_dir": str(folder), "size": 16, "frames": 2, "val_fraction": 0.0, "batch_size": 2} | options))
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def numbers(clip):
-    return [int(np.abs(GREYS - grey).argmin()) for grey in clip.float().mean((1, 2, 3)).tolist()]
-
-
-def clips(data, key="video"):
-    batches = list(data.loader(data.view("train"), data.eval_batches(len(data.view("train")))))
-    return [(text, numbers(clip)) for b in batches for text, clip in zip(b["text"], b[key])]
 
 
 @pytest.fixture
@@ -156,7 +140,7 @@ def test_sources_go_with_their_videos(sourced, kind, attach):
     data = attach(ready(sourced / kind, dequantise=True, **options))
     assert data.sourced
     assert clips(data) == [("a", [0, 1]), ("a", [2, 3]), ("b", [9, 8])]
-    assert clips(data, "source") == [("a", [4, 5]), ("a", [6, 7]), ("b", [1, 2])]
+    assert clips(data, key="source") == [("a", [4, 5]), ("a", [6, 7]), ("b", [1, 2])]
     batch = next(iter(data.train_dataloader()))
     assert batch["source"].dtype == torch.uint8
     done = data.on_after_batch_transfer(batch, 0)
@@ -171,12 +155,6 @@ def test_sources_go_with_their_videos(sourced, kind, attach):
     whole = next(iter(data.reference_dataloader("train")))
     assert whole["source"].min() >= -1
     assert whole["source"].is_floating_point()
-
-
-def says(pattern, folder, **options):
-    with pytest.raises(UserError) as caught:
-        clips(ready(folder, **options))
-    assert re.search(pattern, str(caught.value)), str(caught.value)
 
 
 def test_sources_at_fault_are_named(sourced):
