@@ -1,5 +1,6 @@
 """Builds what a configuration names, outside a training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights
-from penstock.lightning_modules.cli.explain import explain
+from penstock.lightning_modules.cli.explain import explain, first_complaint
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.flow.solvers import Solver
 
@@ -27,7 +28,19 @@ def build(config: dict[str, Any], *parts: str) -> list[Any]:
         built = parser.instantiate_classes(parser.parse_object({part: config[part] for part in parts}))
     except ArgumentError as error:
         raise UserError(explain(error)) from error
+    except ValueError as error:
+        raise _refusal(error) from error
     return [built[part] for part in parts]
+
+
+def _refusal(error: ValueError) -> UserError:
+    """What a class said when it refused to be built, out of what jsonargparse wraps around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+        cause = cause.__cause__
+    return UserError(f"configuration: {first_complaint(error)}")
 
 
 def build_solver(config: dict[str, Any]) -> Solver:
@@ -52,11 +65,14 @@ def _config(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return yaml.safe_load(checkpoint["config"])
 
 
-def model_from_checkpoint(path: Path, **init_args: Any) -> LightningModule:
+def model_from_checkpoint(
+    path: Path, change: Callable[[dict[str, Any]], dict[str, Any]] = dict, **init_args: Any
+) -> LightningModule:
     """The model of a run with its (averaged, where EMA was on) weights, in eval mode.
 
     Args:
         path: A checkpoint written by this program.
+        change: Makes other arguments of the model of those it was trained with.
         init_args: Arguments of the model to change, as a configuration would have them.
 
     Raises:
@@ -64,7 +80,7 @@ def model_from_checkpoint(path: Path, **init_args: Any) -> LightningModule:
     """
     checkpoint = load_checkpoint(path)
     config = _config(checkpoint, path)
-    config["model"]["init_args"].update(init_args)
+    config["model"]["init_args"] = change(config["model"]["init_args"]) | init_args
     (model,) = build(config, "model")
     load_weights(model, checkpoint, f"checkpoint '{path}'")
     return model.eval()

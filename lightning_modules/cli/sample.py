@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.steps import Bellman, parse_steps
 
 OWN = {"ckpt_path": str, "n": int, "steps": str, "seed": int, "labels": str, "batch": int, "out": str, "device": str}
-OWN |= {"solver": str, "inverse": str}
+OWN |= {"solver": str, "inverse": str, "aspect": str}
 SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
@@ -30,12 +31,28 @@ def _options(model: Any) -> dict[str, type]:
     return found
 
 
+def at_aspect(aspect: str, init_args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model whose samples have an aspect, and whose prompts say so where they tell one at all.
+
+    Raises:
+        UserError: a model without a network.
+    """
+    if not isinstance(net := init_args.get("net"), dict):
+        raise UserError(f"aspect={aspect}: the model has no network whose samples could have another shape")
+    changed = {"class_path": "penstock.lightning_modules.nets.starflow.at_aspect"}
+    found = init_args | {"net": changed | {"init_args": {"net": net, "aspect": aspect}}}
+    text = init_args.get("text") or {}
+    if (told := text.get("init_args", {})).get("aspect"):
+        found["text"] = text | {"init_args": told | {"aspect": aspect}}
+    return found
+
+
 def run_sample(words: list[str]) -> int:
     """Draws samples from a checkpoint with its averaged weights; exit code 0.
 
     Raises:
         UserError: an unknown word, a wrong type, n or steps below 1, a number that is not finite, no such label, a bad
-            checkpoint, a folder that can't be written.
+            checkpoint, a model that has no such aspect, a folder that can't be written.
     """
     given = split("sample", words, OWN)
     path = Path(given["ckpt_path"])
@@ -60,8 +77,9 @@ def run_sample(words: list[str]) -> int:
     changes = ({"solver": solver_config(solver)} if solver else {}) | (
         nest_init_args(read(Path(inverse))) if inverse else {}
     )
+    change = partial(at_aspect, options["aspect"]) if "aspect" in options else dict
     try:
-        model = model_from_checkpoint(path, **changes)
+        model = model_from_checkpoint(path, change, **changes)
     except UserError as error:
         for word, given_as in (("solver", solver), ("inverse", inverse)):
             if given_as and re.search(rf"at model: option '{word}[.']", str(error)):
@@ -87,7 +105,7 @@ def run_sample(words: list[str]) -> int:
     steps = steps if isinstance(asked, Bellman) else int(steps)
     run = run_of_checkpoint(str(path))
     called = [f"sample_{steps}_steps", *([solver] if solver else []), *([Path(inverse).stem] if inverse else [])]
-    called += [f"{key}_{given[key]}" for key in (*extra, "labels", "seed") if key in given]
+    called += [f"{key}_{given[key]}" for key in ("aspect", *extra, "labels", "seed") if key in given]
     out = Path(options.get("out") or (run or Path(".")) / "samples" / re.sub(r"[^-.\w]", "_", "_".join(called)))
     with made("sample", out):
         if isinstance(asked, Bellman):
@@ -100,7 +118,7 @@ def run_sample(words: list[str]) -> int:
                 parts.append(model.sample(size, steps=steps, cond=part, generator=generator, **extra).cpu())
         seconds = time.perf_counter() - start
         report = {"n": options["n"], "steps": steps}
-        report |= {word: options[word] for word in ("solver", "inverse") if word in options}
+        report |= {word: options[word] for word in ("solver", "inverse", "aspect") if word in options}
         report |= extra | ({"labels": options["labels"]} if "labels" in options else {})
         report |= {"network_calls": model.nfe, "device": str(device), "seconds_per_sample": seconds / options["n"]}
         if traces := getattr(model, "traces", []):

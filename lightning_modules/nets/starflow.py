@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.kernels.affine import Scale
+from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.nets.aspects import ASPECTS, aspect_size, nearest_aspect
 from penstock.lightning_modules.nets.autoregressive import AutoregressiveBlock
 from penstock.lightning_modules.nets.autoregressive_flow import AutoregressiveFlow, Order, check_shape
 from penstock.lightning_modules.nets.causal_transformer import Layer, gemma_layer, plain_layer
@@ -128,6 +130,32 @@ def plain(head_dim: int) -> Callable[[int], Layer]:
 
 def _gemma(**sizes: Any) -> Callable[[int], Layer]:
     return lambda dim: gemma_layer(dim, **sizes)
+
+
+def at_aspect(net: nn.Module, aspect: str) -> STARFlow:
+    """A flow whose samples have another aspect and about as many tokens; its places cover the same range, see `Rotary`.
+
+    Args:
+        net: The flow, which is changed.
+        aspect: One of `ASPECTS`, width:height.
+
+    Raises:
+        UserError: another network, another aspect, or one that whole patches do not come near.
+    """
+    if not isinstance(net, STARFlow):
+        raise UserError(f"aspect={aspect}: {type(net).__name__} has samples of its own shape only, expected a STARFlow")
+    if aspect not in ASPECTS:
+        raise UserError(f"aspect={aspect}: expected one of {', '.join(ASPECTS)}{did_you_mean(aspect, ASPECTS)}")
+    *front, height, width = net.shape
+    sizes = {each: aspect_size(each, (height * width) ** 0.5, net.patch) for each in ASPECTS}
+    if nearest_aspect(*sizes[aspect]) != aspect:
+        found, known = "x".join(map(str, sizes[aspect])), [a for a in ASPECTS if nearest_aspect(*sizes[a]) == a]
+        raise UserError(
+            f"aspect={aspect}: {height}x{width} becomes {found} in patches of {net.patch}x{net.patch}, which is nearer "
+            f"to {nearest_aspect(*sizes[aspect])}; expected one of {', '.join(known)}"
+        )
+    net.shape = (*front, *sizes[aspect])
+    return net
 
 
 def starflow_xl(shape: Sequence[int] = (4, 32, 32), num_classes: int = 1000) -> STARFlow:
