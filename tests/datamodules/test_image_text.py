@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-import tarfile
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from tars import shard
 
 from penstock.datamodules.image_text import NAMES, TEMPLATES, ImageText
 from penstock.lightning_modules.errors import UserError
@@ -42,17 +43,14 @@ def folder(path, captions=range(12), images=range(12)):
 
 
 def shards(path, sizes=(7, 5), json_captions=False):
-    n = 0
+    rows = iter(range(sum(sizes)))
     for k, size in enumerate(sizes):
-        with tarfile.open(path / f"{k:04d}.tar", "w") as tar:
-            for _ in range(size):
-                caption = json.dumps({"caption": f"picture {n}"}) if json_captions else f"picture {n}\n"
-                ending = "json" if json_captions else "txt"
-                for name, content in (("png", png(n)), (ending, caption.encode()), ("cls", str(n % 3).encode())):
-                    member = tarfile.TarInfo(f"{n:02d}.{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                n += 1
+        members = []
+        for n in islice(rows, size):
+            caption = json.dumps({"caption": f"picture {n}"}) if json_captions else f"picture {n}\n"
+            members += [(f"{n:02d}.png", png(n)), (f"{n:02d}.cls", str(n % 3).encode())]
+            members += [(f"{n:02d}.{'json' if json_captions else 'txt'}", caption.encode())]
+        shard(path / f"{k:04d}.tar", *members)
     return path
 
 
@@ -233,15 +231,9 @@ def test_a_shard_at_fault_is_named(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:1000])
     says(r"0001\.tar: (cut short|cannot be read)", tmp_path)
-    with tarfile.open(path, "w") as tar:
-        member = tarfile.TarInfo("20.png")
-        member.size = len(png(0))
-        tar.addfile(member, io.BytesIO(png(0)))
+    shard(path, ("20.png", png(0)))
     says(r"0001\.tar:20: image without a caption; found \.png, expected \.txt or \.json", tmp_path)
-    with tarfile.open(path, "w") as tar:
-        member = tarfile.TarInfo("20.txt")
-        member.size = 1
-        tar.addfile(member, io.BytesIO(b"a"))
+    shard(path, ("20.txt", b"a"))
     says(r"0001\.tar:20: no image; found \.txt", tmp_path)
 
 

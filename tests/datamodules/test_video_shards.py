@@ -10,6 +10,7 @@ import pytest
 import torch
 import video_files
 from PIL import Image
+from tars import shard
 from video_files import GREYS, clips
 
 from penstock.datamodules import video_readers
@@ -24,17 +25,6 @@ def gif(numbers):
     frames = [Image.new("L", (16, 16), int(GREYS[n])) for n in numbers]
     frames[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=100)
     return out.getvalue()
-
-
-def shard(path, *members):
-    """A tar file of (name, content)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from autoencoders import Halved
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from penstock.datamodules.base import KindDataModule
 from penstock.datamodules.image_text import ImageText
@@ -24,39 +24,9 @@ from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.encoding import Encoder
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.latent_shards import read_manifest, statistics
-from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.starflow import STARFlow
 from penstock.lightning_modules.nets.text_encoder import HashedText
 from penstock.lightning_modules.shards import shard_file
-
-
-class Halved(Autoencoder):
-    """Means of 2x2 pixels and a second channel, with a deviation that depends on the picture."""
-
-    key = "latent"
-
-    def __init__(self, gain: float = 1.0, channels: int = 2):
-        self.gain, self.channels, self.standard = gain, channels, None
-
-    def latent_shape(self, shape):
-        return (*shape[:-3], self.channels, shape[-2] // 2, shape[-1] // 2)
-
-    def law(self, image):
-        flat = image.reshape(-1, *image.shape[-3:])
-        small = nn.functional.avg_pool2d(flat.mean(1, keepdim=True), 2)
-        mean = torch.cat([small, 3 * small + 1], 1)[:, : self.channels] * self.gain
-        mean = mean.reshape(*image.shape[:-3], *mean.shape[1:])
-        return mean, 0.1 + 0.2 * mean.abs()
-
-    def encode(self, image, noise=None):
-        mean, std = self.law(image)
-        return mean if noise is None else mean + std * noise
-
-    def decode(self, latent):
-        return nn.functional.interpolate(latent[:, :1] / self.gain, scale_factor=2.0).expand(-1, 3, -1, -1)
-
-    def identity(self):
-        return {"class": "Halved", "channels": self.channels, "scale": self.gain, "weights": "0"}
 
 
 @pytest.fixture(scope="module")
