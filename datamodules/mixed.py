@@ -1,6 +1,6 @@
-"""Videos and images in one training: every batch is of one kind, drawn for all ranks alike."""
+"""Videos, images and short clips in one training: every batch is of one kind, drawn for all ranks alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,82 +11,89 @@ from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, Rows
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 
-APART = 2**32  # between the numbers of videos and those of images
+APART = 2**32  # between the numbers of videos, those of images and those of short clips
 MOVING = ("video", "mean", "std")
 STILLS = {"video": "image"}
+VIDEO, IMAGE, SHORT = range(3)
 
 
 class MixedBatchSampler(KeyedBatchSampler):
-    """Batches of one set, some of which are replaced by the next batch of another, whose numbers become `-1 - number`.
+    """Batches of one set, some of which are replaced by the next batch of another, with numbers `APART` further on.
 
     Which ones are replaced depends on (seed, epoch, number of the batch) alone, so all ranks agree.
 
     Args:
         own: batches of the set that sets the length of an epoch.
-        others: batches of the other, over and over within an epoch.
-        share: of the batches that are replaced, in [0, 1].
+        others: batches of other sets, each over and over within an epoch.
+        shares: of the batches that each of them replaces, in [0, 1], at most 1 together.
     """
 
-    def __init__(self, own: KeyedBatchSampler, others: KeyedBatchSampler, share: float) -> None:
-        self.own, self.others, self.share = own, others, share
+    def __init__(self, own: KeyedBatchSampler, others: Sequence[KeyedBatchSampler], shares: Sequence[float]) -> None:
+        self.own, self.others, self.shares = own, others, shares
         self.sampler, self.start = own.sampler, 0
 
     def turns(self) -> np.ndarray:
-        """Which batches of this epoch come from the other set, bool `(len(self),)`."""
-        return np.random.default_rng((self.sampler.seed, self.sampler.epoch, 3)).random(len(self)) < self.share
+        """Set of each batch of this epoch, int `(len(self),)`: 0 is the own, 1 the first of the others."""
+        drawn = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 3)).random(len(self))
+        return (np.searchsorted(np.cumsum(self.shares), drawn, side="right") + 1) % (1 + len(self.shares))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         turns, self.own.start = self.turns(), self.start
-        others = self._others(int(turns[: self.start].sum()))
-        for k, batch in enumerate(self.own, self.start):
-            yield -1 - next(others) if turns[k] else batch
+        gone = np.bincount(turns[: self.start], minlength=1 + len(self.others))
+        others = [self._again(other, int(n)) for other, n in zip(self.others, gone[1:], strict=True)]
+        for turn, batch in zip(turns[self.start :], self.own, strict=True):
+            yield batch if turn == VIDEO else next(others[turn - 1]) + turn * APART
 
-    def _others(self, first: int) -> Iterator[np.ndarray]:
-        """Batches of the other set from number `first` on, over and over."""
-        self.others.start = first % len(self.others)
+    def _again(self, other: KeyedBatchSampler, first: int) -> Iterator[np.ndarray]:
+        """Batches of another set from number `first` on, over and over."""
+        other.start = first % len(other)
         while True:
-            yield from self.others
-            self.others.start = 0
+            yield from other
+            other.start = 0
 
     def __len__(self) -> int:
         return len(self.own)
 
 
 class _MixedView:
-    """What the loader of videos reads, and of numbers below 0 what that of images reads."""
+    """What the loader of videos reads, and by numbers from `APART` on what the other loaders read."""
 
-    def __init__(self, videos: Rows, images: Rows) -> None:
-        self.videos, self.images = videos, images
+    def __init__(self, *sides: Rows) -> None:
+        self.sides = sides
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.sides[VIDEO])
 
     def fetch(self, rows: np.ndarray) -> dict[str, Any]:
-        if rows.flat[0] >= 0:
-            return self.videos.fetch(rows)
-        batch = self.images.fetch(-1 - rows)
-        stills = {STILLS.get(key, key): batch[key][:, 0] for key in MOVING if key in batch and batch[key].ndim == 5}
-        rest = {key: value for key, value in batch.items() if STILLS.get(key, key) not in stills}
-        return {**rest, **stills, "index": batch["index"] + APART}
+        side = int(rows.flat[0]) // APART
+        batch = self.sides[side].fetch(rows % APART)
+        if side == IMAGE:
+            stills = {STILLS.get(key, key): batch[key][:, 0] for key in MOVING if key in batch and batch[key].ndim == 5}
+            batch = {**{key: value for key, value in batch.items() if STILLS.get(key, key) not in stills}, **stills}
+        return {**batch, "index": batch["index"] + side * APART}
 
 
 class Mixed(KindDataModule):
-    """Training batches are of `video`, or with chance `share` of `image`; all else is that of `video`.
+    """Training batches are of `video`, or with chance of `image` or `short`; all else is that of `video`.
 
-    Image batches have `image` in place of `video`, `index` from 2^32 on, and the batch size of `image`. A batch of
-    videos that images take the place of is left out. Of clips, `image` shows the first frame. Both may be latents;
-    captions, aspects and all that is random in either are its own.
+    Image batches have `image` in place of `video`, `index` from 2^32 on, and the batch size of `image`; those of short
+    clips `index` from 2^33 on, and the batch size of `short`. A batch of videos that others take the place of is left
+    out. Of clips, `image` shows the first frame. All may be latents; captions, aspects and all that is random in each
+    are its own.
 
     Args:
         video: videos; its seed is that of the whole.
         image: images, or clips of one frame.
         share: of the training batches that are images, in [0, 1].
+        short: videos of fewer frames; None = none.
+        short_share: of the training batches that are short clips, in [0, 1]; with `share` at most 1.
         batch_size: global training batch of videos; None = that of `video`.
         eval_batch_size: global batch of evaluation; None = `batch_size`, or that of `video`.
         num_workers: worker processes a rank; None = those of `video`.
 
     Raises:
-        UserError: a share out of range, images of other channels than the videos have, or latents beside pictures.
+        UserError: a share out of range or of nothing, samples of other channels than the videos have, short clips that
+            are not shorter, or latents beside pictures.
     """
 
     def __init__(
@@ -94,6 +101,8 @@ class Mixed(KindDataModule):
         video: KindDataModule,
         image: KindDataModule,
         share: float = 0.2,
+        short: KindDataModule | None = None,
+        short_share: float = 0.0,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -106,17 +115,26 @@ class Mixed(KindDataModule):
             pixels=video.pixels,
         )
         video.batch_size, video.eval_batch_size = self.batch_size, self.eval_batch_size
-        video.num_workers = image.num_workers = self.num_workers
+        self.sides, self.shares = [video, image], [share]
         if not 0 <= share <= 1:
             raise UserError(f"data.share: found {share}, expected a number in [0, 1]")
-        self.video, self.image, self.share = video, image, share
+        if not 0 <= short_share <= 1 - share:
+            raise UserError(f"data.short_share: found {short_share}, expected a number in [0, {1 - share:g}]")
+        if short is not None:
+            self.sides.append(short)
+            self.shares.append(short_share)
+        elif short_share:
+            raise UserError(f"data.short_share: found {short_share} without data.short, expected 0, or short clips")
+        for side in self.sides:
+            side.num_workers = self.num_workers
+        self.video, self.image, self.short, self.share = video, image, short, share
 
     def prepare_data(self) -> None:
-        self.video.prepare_data()
-        self.image.prepare_data()
+        for side in self.sides:
+            side.prepare_data()
 
     def build(self) -> tuple[Any, dict[str, np.ndarray]]:
-        for side in (self.video, self.image):
+        for side in self.sides:
             side.trainer = self.trainer
             side.setup()
         video, image = self.video, self.image
@@ -125,28 +143,36 @@ class Mixed(KindDataModule):
                 f"data.image: found samples of shape {image.shape} beside videos of {video.shape}; expected frames "
                 f"{video.shape[1:]} of (T, C, H, W)"
             )
-        encoded = [hasattr(side, "shape_for") for side in (video, image)]
-        if encoded[0] != encoded[1]:
-            raise UserError("data.image: found latents beside pictures; expected both encoded, or neither")
+        if self.short is not None and not (
+            self.short.shape[1] == video.shape[1] and self.short.shape[0] < video.shape[0]
+        ):
+            raise UserError(
+                f"data.short: found samples of shape {self.short.shape} beside videos of {video.shape}; expected fewer "
+                "frames of as many channels"
+            )
+        encoded = [hasattr(side, "shape_for") for side in self.sides]
+        for name, found in zip(("image", "short"), encoded[1:]):
+            if found != encoded[VIDEO]:
+                raise UserError(f"data.{name}: found latents beside pictures; expected all encoded, or none")
         if all(encoded):
             self.shape_for = self._shape_for
         self.shape, self.num_classes, self.class_names = video.shape, video.num_classes, video.class_names
         self.sourced = video.sourced
-        self.fingerprint = fingerprint("mixed", video.fingerprint, image.fingerprint, self.share)
+        self.fingerprint = fingerprint("mixed", *(side.fingerprint for side in self.sides), *self.shares)
         for name in ("prompts", "texts"):
             if hasattr(video, name):
                 setattr(self, name, getattr(video, name))
         return video.store, video.numbers
 
     def _shape_for(self, autoencoder: Autoencoder) -> tuple[int, ...]:
-        """Shape of the videos' latents, once both are known to be an autoencoder's; see `CachedLatents.shape_for`."""
-        self.image.shape_for(autoencoder)
-        return self.video.shape_for(autoencoder)
+        """Shape of the videos' latents, once all are known to be an autoencoder's; see `CachedLatents.shape_for`."""
+        return [side.shape_for(autoencoder) for side in self.sides][VIDEO]
 
     def train_dataloader(self) -> KeyedLoader:
-        own, others = self.video.train_dataloader(), self.image.train_dataloader()
-        rows = _MixedView(own.dataset.rows, others.dataset.rows)
-        return KindDataModule.loader(self, rows, MixedBatchSampler(own.batch_sampler, others.batch_sampler, self.share))
+        loaders = [side.train_dataloader() for side in self.sides]
+        own, *others = (loader.batch_sampler for loader in loaders)
+        rows = _MixedView(*(loader.dataset.rows for loader in loaders))
+        return KindDataModule.loader(self, rows, MixedBatchSampler(own, others, self.shares))
 
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
         return self.video.reference_dataloader(split)
@@ -164,9 +190,11 @@ class Mixed(KindDataModule):
         return self.video.sources(rows, split)
 
     def _side(self, batch: dict[str, Any]) -> KindDataModule:
-        """Where a batch comes from: frames have one axis more than images, of pixels or of latents."""
+        """Where a batch comes from: frames, of pixels or of latents, have one axis more than images."""
         data = next((batch[key] for key in (*MOVING, "latent") if key in batch), None)
-        return self.image if data is None or data.ndim == 4 else self.video
+        if data is None or data.ndim == 4:
+            return self.image
+        return self.video if self.short is None or data.shape[1] == self.video.shape[0] else self.short
 
     def _eval_loader(self, split: Split) -> KeyedLoader:
         return self.video._eval_loader(split)

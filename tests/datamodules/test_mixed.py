@@ -98,6 +98,58 @@ def test_refuses_what_does_not_go_together(attach):
         attach(Mixed(Digits(), MovingDigits())).setup()
 
 
+def with_short(attach, **where):
+    clips = {"n_val": 20, "n_test": 20, "seed": 3}
+    video = MovingDigits(frames=4, n_train=800, batch_size=10, **clips)
+    image = MovingDigits(frames=1, n_train=90, batch_size=30, dequantise=True, **clips)
+    short = MovingDigits(frames=2, n_train=120, batch_size=15, **clips)
+    data = attach(Mixed(video, image, 0.3, short, 0.4), **where)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_short_clips_take_a_share_of_their_own(attach):
+    data = with_short(attach)
+    found = batches(data)
+    kinds = [batch["image"].shape if "image" in batch else batch["video"].shape for batch in found]
+    counts = [kinds.count(shape) for shape in ((10, 4, 1, 16, 16), (30, 1, 16, 16), (15, 2, 1, 16, 16))]
+    assert sum(counts) == len(found) == 80
+    assert all(abs(n - 80 * share) < 14 for n, share in zip(counts, (0.3, 0.3, 0.4), strict=True))
+    short = [batch for batch in found if "video" in batch and batch["video"].shape[1] == 2]
+    assert torch.equal(short[0]["index"], short[8]["index"]), "over and over"
+    alone = attach(data.short)
+    alone.setup()
+    own = next(iter(alone.train_dataloader()))
+    assert torch.equal(short[0]["index"], own["index"] + 2 * APART)
+    assert torch.equal(short[0]["video"], alone.on_after_batch_transfer(own, 0)["video"])
+    assert short[0]["text"] == own["text"]
+
+
+@pytest.mark.parametrize("stop", [1, 29])
+def test_resumes_among_three_kinds(attach, stop):
+    whole, loader = (
+        [batch["index"] for batch in with_short(attach).train_dataloader()],
+        with_short(attach).train_dataloader(),
+    )
+    iterator = iter(loader)
+    for _ in range(stop):
+        next(iterator)
+    again = with_short(attach).train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert all(torch.equal(one["index"], other) for one, other in zip(again, whole[stop:], strict=True))
+
+
+def test_refuses_short_clips_that_do_not_fit(attach):
+    clips = [MovingDigits(frames=frames, n_train=20, batch_size=10) for frames in (4, 1, 2, 4)]
+    with pytest.raises(UserError, match=r"data\.short_share: found 0\.8, expected a number in \[0, 0\.7\]"):
+        Mixed(*clips[:2], 0.3, clips[2], 0.8)
+    with pytest.raises(UserError, match=r"data\.short_share: found 0\.2 without data\.short"):
+        Mixed(*clips[:2], 0.3, short_share=0.2)
+    with pytest.raises(UserError, match=r"data\.short: found samples of shape \(4, 1, 16, 16\) .* fewer frames"):
+        attach(Mixed(*clips[:2], 0.3, clips[3], 0.2)).setup()
+
+
 def stills(folder, *sizes):
     """Pictures of the given sizes, each with two captions in a file."""
     folder.mkdir()
