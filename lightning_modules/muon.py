@@ -1,5 +1,6 @@
 """Muon: matrices move along the orthogonal factor of their momentum, all else as AdamW has it."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -65,7 +66,7 @@ class Muon(torch.optim.AdamW):
 
     def _move(self, group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Updates the matrices of a group; takes their gradients from them and returns both."""
-        held = []
+        alike, held = defaultdict(list), []
         for weight in group["params"]:
             if weight.grad is None or weight.ndim != 2 or min(weight.shape) < self.least:
                 continue
@@ -74,27 +75,30 @@ class Muon(torch.optim.AdamW):
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
             state["step"] += 1
             mean = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
-            found = orthogonal(weight.grad.lerp(mean, self.momentum), self.iterations).to(weight.dtype)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(found, alpha=-0.2 * group["lr"] * max(weight.shape) ** 0.5)
+            alike[weight.shape, weight.device, weight.dtype].append((weight, weight.grad.lerp(mean, self.momentum)))
             held.append((weight, weight.grad))
             weight.grad = None
+        for (shape, *_), pairs in alike.items():
+            weights, updates = zip(*pairs)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            found = orthogonal(torch.stack(updates), self.iterations).to(weights[0].dtype).unbind()
+            torch._foreach_add_(weights, found, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
         return held
 
 
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Roughly U V' of a matrix `(n, m)` = U S V', with singular values of 0.7 to 1.2: Newton-Schulz of fifth order.
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Roughly U V' of matrices `(B, n, m)` = U S V', with singular values of 0.7 to 1.2: Newton-Schulz of fifth order.
 
     Args:
-        matrix: On a GPU it is worked on in bfloat16.
+        matrices: On a GPU they are worked on in bfloat16.
         iterations: Five bring singular values of more than 1e-2 of the norm near 1.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).contiguous()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(iterations):
-        square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

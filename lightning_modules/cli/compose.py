@@ -126,6 +126,7 @@ def compose(words: list[str], find: Callable[[str, str], str] = as_given) -> tup
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     main, *own = conf_dirs()
     if own:
@@ -143,6 +144,10 @@ def compose(words: list[str], find: Callable[[str, str], str] = as_given) -> tup
         tree = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(refusal(error, "configuration", dict(zip(overrides, words)))) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "configuration"
+        raise UserError(f"{place}: can't be read as YAML ({error.problem})") from error
     return _finish(tree), choices.get("experiment") or f"{choices['model']}-{choices['data']}"
 
 

@@ -32,7 +32,8 @@ def checkpoint(make_teacher, monkeypatch):
     """Of clips of 16x16 in patches of 4x4."""
     monkeypatch.setitem(sys.modules, "own", SimpleNamespace(Heard=Heard))
     monkeypatch.setattr(Heard, "texts", [])
-    words = ["frames=2", "model.net.dim=32", "model.net.depths=[1,1]", "model.denoiser.dim=32"]
+    words = ["frames=2", "data.short.frames=1", "model.net.dim=32", "model.net.depths=[1,1]", "model.net.patch=4"]
+    words += ["model.denoiser.channels=16", "model.denoiser.dim=32", "model.denoiser.head_dim=32"]
     words += ["model.denoiser.depth=1", "~model.text.length", f"model.text.class_path={TEMPLATE}"]
     words += ["model.text.text={class_path: own.Heard, dim: 32}", "model.text.fps=8", "model.text.aspect=own"]
     return make_teacher(*words, experiment="starflow_v_moving_digits")

@@ -242,3 +242,11 @@ def test_one_batch_is_not_all_batches(word, value, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda self, *_, **__: seen.append(getattr(self, word.partition("=")[0])))
     assert main(["fit", "experiment=rectified_flow_digits", "logger=csv", f"trainer.{word}"]) == 0
     assert (seen, type(seen[0])) == ([value], type(value))
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "broken.yaml").write_text("# @package _global_\ndefaults:\n  - a\n  b: 1\n")
+    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path))
+    with pytest.raises(UserError, match=r"broken\.yaml, line 4: can't be read as YAML"):
+        compose(["experiment=broken"])

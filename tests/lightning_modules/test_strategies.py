@@ -134,7 +134,8 @@ def test_weights_outside_any_network_are_refused():
 
 CLIPS = ["experiment=starflow_v_moving_digits", "trainer.max_steps=4", "data.video.n_train=64"]
 CLIPS += ["data.video.n_test=8", "data.video.n_val=8", "data.image.n_train=64", "data.image.batch_size=8"]
-CLIPS += ["data.batch_size=8", "frames=4", "model.net.dim=32"]
+CLIPS += ["data.short.n_train=64", "data.short.batch_size=8", "data.short.frames=2"]
+CLIPS += ["data.batch_size=8", "frames=4", "model.net.dim=32", "model.optimizer.least=32", "model.denoiser.head_dim=32"]
 CLIPS += ["model.net.depths=[1,1]", "model.denoiser.dim=32", "callbacks.metrics=null", "callbacks.anomaly=null"]
 CLIPS += ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.ema.decay=0.9", "logger=csv"]
 CLIPS += ["trainer.accelerator=cpu"]

@@ -33,8 +33,10 @@ STARFLOW = ["data.batch_size=20", "data.eval_batch_size=40", "callbacks.likeliho
 STARFLOW += ["model.net.depths=[1,1]", "data.val_fraction=0.95", "model.scheduler.warmup=2"]
 CLIPS = ["frames=4", "data.batch_size=20", "data.eval_batch_size=40", "data.video.n_train=80"]
 CLIPS += ["data.video.n_val=80", "data.video.n_test=40", "data.image.n_train=80", "data.image.batch_size=40"]
-CLIPS += ["data.share=0.4", "model.net.dim=32", "model.net.depths=[1,1]"]
-CLIPS += ["model.denoiser.dim=32", "model.scheduler.total=8", "model.scheduler.warmup=2", "model.last_frame=0.25"]
+CLIPS += ["data.share=0.3", "data.short.frames=2", "data.short.n_train=80", "data.short.batch_size=20"]
+CLIPS += ["data.short_share=0.3", "model.net.dim=32", "model.net.depths=[1,1]", "model.net.patch=4"]
+CLIPS += ["model.denoiser.channels=16", "model.denoiser.head_dim=32", "model.denoiser.dim=32"]
+CLIPS += ["model.optimizer.least=32", "model.scheduler.total=8", "model.scheduler.warmup=2", "model.last_frame=0.25"]
 CLIPS += ["callbacks.anomaly=null", "trainer.max_steps=-1"]
 
 TEACHERS = {
