@@ -14,7 +14,7 @@ from penstock.lightning_modules.nets.autoencoder import Autoencoder
 APART = 2**32  # between the numbers of videos, those of images and those of short clips
 MOVING = ("video", "mean", "std")
 STILLS = {"video": "image"}
-VIDEO, IMAGE, SHORT = range(3)
+VIDEO, IMAGE = 0, 1
 
 
 class MixedBatchSampler(KeyedBatchSampler):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from saving import Save
 from tars import shard
 
 from penstock.datamodules.image_text import NAMES, TEMPLATES, ImageText
@@ -152,15 +152,6 @@ class Watch(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Save(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

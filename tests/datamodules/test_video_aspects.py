@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from saving import Save
 from video_files import pictures, ready
 
 from penstock.datamodules.sampling import BucketedBatchSampler, KeyedSampler
@@ -97,15 +98,6 @@ class Watch(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Save(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.filterwarnings("ignore:data.aspects")
