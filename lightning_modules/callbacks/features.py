@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.timm_weights import load_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -276,27 +277,3 @@ def rgb(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UserError(f"features: samples of shape {tuple(images.shape[1:])}, expected images of 1 or 3 channels")
     return images.float().expand(-1, 3, -1, -1)
-
-
-def load_weights(net: nn.Module, file: str, what: str, whose: str) -> None:
-    """Loads the state dict in a file, also of half precision; errors say `what` wants it and `whose` it is.
-
-    Raises:
-        UserError: no file, or weights of another network.
-    """
-    from timm.models import load_state_dict
-
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"{what}: no weights file {path}; put the state dict of {whose} there (safetensors or .pth)")
-    try:
-        state = load_state_dict(str(path), use_ema=False)
-    except Exception as error:
-        raise UserError(f"{what}: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
-    try:
-        net.load_state_dict(
-            {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-        )
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{what}: {path} does not fit {whose}: {first}") from error

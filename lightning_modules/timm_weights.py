@@ -1,0 +1,43 @@
+"""Weights of timm's models from files of any name: safetensors or PyTorch, half precision allowed."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError
+
+
+def read_weights(file: str, what: str, whose: str) -> dict[str, Tensor]:
+    """The state dict in a file, in float32; errors say `what` wants it and `whose` it should be.
+
+    Raises:
+        UserError: no file, or a file that is no state dict.
+    """
+    from timm.models import load_state_dict
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{what}: no weights file {path}; put the state dict of {whose} there (safetensors or .pth)")
+    try:
+        state = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{what}: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def load_weights(net: nn.Module, file: str, what: str, whose: str) -> None:
+    """Loads the state dict in a file; see `read_weights`.
+
+    Raises:
+        UserError: as there, or weights of another network.
+    """
+    state = read_weights(file, what, whose)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{what}: {Path(file).expanduser()} does not fit {whose}: {complaint(error)}") from error
+
+
+def complaint(error: RuntimeError) -> str:
+    """The first thing that PyTorch found wrong with a state dict."""
+    return str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
