@@ -1,0 +1,198 @@
+"""Exact areas under curves of very many scores: counts by value in bounded memory, the same on any number of ranks."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from penstock.lightning_modules.callbacks.ranks import broadcast, gather
+from penstock.lightning_modules.callbacks.score_curve import Measured, ScoreCurve, keys_of
+from penstock.lightning_modules.errors import UserError
+
+PAGE, PIECE = 1 << 23, 1 << 20
+COUNT = np.uint32
+CARRY = 1 << 31
+FEW, LOOSE = 1 << 22, 64
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+
+class ScoreCounts:
+    """How many normal and anomalous samples have each float32 score, exactly, whatever their number.
+
+    A score is an integer in the order of its size (its bits, the sign turned round), and one page holds the 2^23 of a
+    binade: a list of what came until it has 2^22 entries, from then on an array; both take 4 bytes an entry for normal
+    samples and 12 for anomalous ones. So a binade takes 134 MB at most, however many scores it holds.
+
+    The regions' overlap needs weights 1/|region| of the anomalous ones, which are summed by score.
+    """
+
+    def __init__(self) -> None:
+        self.pages: dict[int, tuple[_Column, _Column]] = {}
+        self.normal = self.anomalous = self.regions = self._since = 0
+
+    def update(
+        self, scores: NDArray[np.float32], truth: NDArray[np.bool_], weights: NDArray[np.float64] | None = None
+    ) -> None:
+        """Adds scores.
+
+        Args:
+            scores: any shape, finite; larger = more anomalous.
+            truth: which are of anomalous samples; same shape.
+            weights: of these, `truth.sum()` of them in the order of `scores[truth]`; None is 1 each.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        scores, truth = np.asarray(scores, np.float32).ravel(), np.asarray(truth, bool).ravel()
+        if not np.isfinite(scores).all():
+            raise UserError(f"score: {scores[~np.isfinite(scores)][0]} found, expected finite scores")
+        keys = keys_of(scores)
+        anomalous = keys[truth]
+        normal = keys[~truth] if len(anomalous) else keys
+        self.normal, self.anomalous = self.normal + len(normal), self.anomalous + len(anomalous)
+        self._add(0, normal, None)
+        self._add(1, anomalous, np.ones(len(anomalous)) if weights is None else weights)
+
+    def update_map(self, scores: NDArray[np.float32], mask: NDArray[np.bool_]) -> None:
+        """Adds the pixels `(H, W)` of one image; its regions are the 8-connected ones of `mask`."""
+        if not mask.any():
+            return self.update(scores, mask)
+        labels, regions = ndimage.label(mask, EIGHT_NEIGHBOURS)
+        labels = labels[mask]
+        self.regions += regions
+        self.update(scores, mask, 1 / np.bincount(labels)[labels])
+
+    def _add(self, column: int, keys: NDArray[np.uint32], weights: NDArray[np.float64] | None) -> None:
+        for first in range(0, len(keys), CARRY):
+            block = keys[first : first + CARRY]
+            if self._since + len(block) > CARRY:
+                self._since = 0
+                for either in (column for page in self.pages.values() for column in page):
+                    either.carry()
+            self._since += len(block)
+            numbers = block // PAGE
+            several = numbers.min() < numbers.max()
+            for number in np.flatnonzero(np.bincount(numbers)).tolist():
+                columns = self.pages.setdefault(number, (_Column(), _Column()))
+                here = numbers == number if several else slice(None)
+                columns[column].add(block[here] % PAGE, None if weights is None else weights[first:][:CARRY][here])
+
+    def measure(self, limit: float = 0.3, at: float | None = None) -> Measured | None:
+        """The metrics over all ranks, on each of them; None without scores. All ranks must call it.
+
+        Rank 0 adds the ranks' counts up in pieces of 2^20 possible scores, from the largest down.
+
+        Args:
+            limit: FPR up to which the regions' overlap is integrated, in (0, 1].
+            at: threshold of `f1`.
+        """
+        used = {piece for page, columns in self.pages.items() for column in columns for piece in column.used(page)}
+        parts = gather((self.normal, self.anomalous, self.regions, used))
+        curve = bases = None
+        if parts is not None:
+            normal, anomalous, regions, used = zip(*parts)
+            curve = ScoreCurve(sum(normal), sum(anomalous), sum(regions), limit, at)
+            bases = sorted(set().union(*used), reverse=True)
+        for base in broadcast(bases):
+            held = gather(self._piece(base))
+            if curve is not None:
+                curve.extend(base, *_summed(held))
+        return broadcast(None if curve is None else curve.measured())
+
+    def _piece(self, base: int) -> tuple[NDArray, ...]:
+        """Which possible scores from `base` were met, and their counts and weights."""
+        page = self.pages.get(base // PAGE, (_Column(), _Column()))
+        (normal_at, normal, _), (anomalous_at, anomalous, weights) = (column.read(base % PAGE) for column in page)
+        return _summed(
+            [
+                (normal_at, normal, np.zeros(len(normal), np.int64), np.zeros(len(normal))),
+                (anomalous_at, np.zeros(len(anomalous), np.int64), anomalous, weights),
+            ]
+        )
+
+
+class _Column:
+    """Counts, and sums of weights where there are any, by score of one page."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[NDArray[np.uint32], NDArray[np.float64] | None]] = []
+        self.held = 0
+        self.counts: NDArray | None = None
+        self.weights: NDArray[np.float64] | None = None
+        self.carried: dict[int, int] = {}
+
+    def add(self, keys: NDArray[np.uint32], weights: NDArray[np.float64] | None) -> None:
+        """Places in the page, repeated or not."""
+        if self.counts is None:
+            self.parts.append((keys, weights))
+            self.held += len(keys)
+            if self.held < FEW:
+                self.parts = [_joined(self.parts)] if len(self.parts) > LOOSE else self.parts
+                return
+            self.counts = np.zeros(PAGE, COUNT)
+            parts, self.parts = self.parts, []
+        else:
+            parts = [(keys, weights)]
+        for keys, weights in parts:
+            np.add.at(self.counts, keys, COUNT(1))
+            if weights is not None:
+                self.weights = np.zeros(PAGE) if self.weights is None else self.weights
+                np.add.at(self.weights, keys, weights)
+
+    def carry(self) -> None:
+        """Sets what would soon overflow aside."""
+        if self.counts is not None:
+            for key in np.flatnonzero(self.counts >= CARRY).tolist():
+                self.counts[key] -= COUNT(CARRY)
+                self.carried[key] = self.carried.get(key, 0) + CARRY
+
+    def used(self, page: int) -> list[int]:
+        """The first possible scores of the pieces that may not be empty."""
+        if self.counts is not None:
+            return list(range(page * PAGE, (page + 1) * PAGE, PIECE))
+        return [page * PAGE + int(piece) * PIECE for keys, _ in self.parts for piece in np.unique(keys // PIECE)]
+
+    def read(self, first: int) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
+        """Those met of the `PIECE` places from `first`, counted from there; their counts and sums of weights."""
+        if self.counts is None:
+            return _counted(*_joined([_between(*part, first) for part in self.parts]))
+        counts = self.counts[first : first + PIECE].astype(np.int64)
+        for key, count in self.carried.items():
+            if first <= key < first + PIECE:
+                counts[key - first] += count
+        met = np.flatnonzero(counts)
+        weights = np.zeros(len(met)) if self.weights is None else self.weights[first + met]
+        return met, counts[met], weights
+
+
+def _summed(held: list[tuple[NDArray, ...]]) -> tuple[NDArray, ...]:
+    """Of several `(met, *columns)` one, the columns added up."""
+    if len(held) == 1:
+        return held[0]
+    columns = [np.concatenate(column) for column in zip(*held)]
+    order = np.argsort(columns[0], kind="stable")
+    met, *columns = [column[order] for column in columns]
+    starts = np.flatnonzero(np.diff(met, prepend=-1))
+    return met[starts], *(np.add.reduceat(column, starts) if len(starts) else column for column in columns)
+
+
+def _between(keys: NDArray, weights: NDArray | None, first: int) -> tuple[NDArray, NDArray | None]:
+    """Those of the `PIECE` places from `first`, counted from there."""
+    here = keys // PIECE == first // PIECE
+    return keys[here] - np.uint32(first), None if weights is None else weights[here]
+
+
+def _joined(parts: list[tuple[NDArray, NDArray | None]]) -> tuple[NDArray, NDArray | None]:
+    if not parts:
+        return np.empty(0, np.uint32), None
+    keys, weights = zip(*parts)
+    return np.concatenate(keys), None if weights[0] is None else np.concatenate(weights)
+
+
+def _counted(keys: NDArray, weights: NDArray | None) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
+    """Different keys, how often each comes, and the sums of their weights; many by tables, few by sorting."""
+    if len(keys) > PIECE // 32:
+        counts = np.bincount(keys)
+        met = np.flatnonzero(counts)
+        return met, counts[met], np.zeros(len(met)) if weights is None else np.bincount(keys, weights)[met]
+    met, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return met, counts, np.zeros(len(met)) if weights is None else np.bincount(place, weights, len(met))
