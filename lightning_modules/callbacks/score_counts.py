@@ -1,5 +1,7 @@
 """Exact areas under curves of very many scores: counts by value in bounded memory, the same on any number of ranks."""
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -79,24 +81,31 @@ class ScoreCounts:
     def measure(self, limit: float = 0.3, at: float | None = None) -> Measured | None:
         """The metrics over all ranks, on each of them; None without scores. All ranks must call it.
 
-        Rank 0 adds the ranks' counts up in pieces of 2^20 possible scores, from the largest down.
+        Rank 0 adds the ranks' counts up from the largest score down, in pieces of 2^20 possible scores.
 
         Args:
             limit: FPR up to which the regions' overlap is integrated, in (0, 1].
             at: threshold of `f1`.
         """
-        used = {piece for page, columns in self.pages.items() for column in columns for piece in column.used(page)}
-        parts = gather((self.normal, self.anomalous, self.regions, used))
-        curve = bases = None
+        parts = gather((self.normal, self.anomalous, self.regions, self._used()))
+        curve = bundles = None
         if parts is not None:
             normal, anomalous, regions, used = zip(*parts)
-            curve = ScoreCurve(sum(normal), sum(anomalous), sum(regions), limit, at)
-            bases = sorted(set().union(*used), reverse=True)
-        for base in broadcast(bases):
-            held = gather(self._piece(base))
-            if curve is not None:
-                curve.extend(base, *_summed(held))
+            curve, bundles = ScoreCurve(sum(normal), sum(anomalous), sum(regions), limit, at), _bundles(used)
+        for bundle in broadcast(bundles):
+            held = gather([self._piece(base) for base in bundle])
+            for base, *parts in zip(bundle, *(held or ())):
+                if curve is not None:
+                    curve.extend(base, *_summed(parts))
         return broadcast(None if curve is None else curve.measured())
+
+    def _used(self) -> Counter[int]:
+        """The first possible scores of the pieces that may not be empty, and how many scores they hold at most."""
+        used: Counter[int] = Counter()
+        for page, columns in self.pages.items():
+            for column in columns:
+                used.update({page * PAGE + first: entries for first, entries in column.used()})
+        return used
 
     def _piece(self, base: int) -> tuple[NDArray, ...]:
         """Which possible scores from `base` were met, and their counts and weights."""
@@ -145,11 +154,12 @@ class _Column:
                 self.counts[key] -= COUNT(CARRY)
                 self.carried[key] = self.carried.get(key, 0) + CARRY
 
-    def used(self, page: int) -> list[int]:
-        """The first possible scores of the pieces that may not be empty."""
+    def used(self) -> list[tuple[int, int]]:
+        """The first places of the pieces that may not be empty, and how many places of them are met at most."""
         if self.counts is not None:
-            return list(range(page * PAGE, (page + 1) * PAGE, PIECE))
-        return [page * PAGE + int(piece) * PIECE for keys, _ in self.parts for piece in np.unique(keys // PIECE)]
+            return [(first, PIECE) for first in range(0, PAGE, PIECE)]
+        entries = np.bincount(_joined(self.parts)[0] // PIECE)
+        return [(int(piece) * PIECE, min(int(entries[piece]), PIECE)) for piece in np.flatnonzero(entries)]
 
     def read(self, first: int) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
         """Those met of the `PIECE` places from `first`, counted from there; their counts and sums of weights."""
@@ -162,6 +172,18 @@ class _Column:
         met = np.flatnonzero(counts)
         weights = np.zeros(len(met)) if self.weights is None else self.weights[first + met]
         return met, counts[met], weights
+
+
+def _bundles(used: tuple[Counter[int], ...]) -> list[list[int]]:
+    """Pieces from the largest scores down, in lists of at most `PIECE` scores of all ranks, or of one piece."""
+    total, bundles, entries = sum(used, Counter()), [], PIECE
+    for base in sorted(total, reverse=True):
+        if entries + total[base] > PIECE:
+            bundles.append([])
+            entries = 0
+        bundles[-1].append(base)
+        entries += total[base]
+    return bundles
 
 
 def _summed(held: list[tuple[NDArray, ...]]) -> tuple[NDArray, ...]:

@@ -10,6 +10,8 @@ class Measured(NamedTuple):
     """What counts of scores say; None is undefined.
 
     Attributes:
+        normal: number of normal samples.
+        anomalous: of anomalous ones.
         lowest: smallest score.
         highest: largest score.
         auroc: area under the ROC curve, ties count a half; None without scores of both kinds.
@@ -20,6 +22,8 @@ class Measured(NamedTuple):
         aupro: area under the per-region overlap up to an FPR, over that FPR, in [0, 1]; None without regions.
     """
 
+    normal: int
+    anomalous: int
     lowest: float
     highest: float
     auroc: float | None = None
@@ -95,13 +99,13 @@ class ScoreCurve:
         """After the smallest score; None if there was none."""
         if self.highest is None:
             return None
-        ends = score_of(self.lowest), score_of(self.highest)
+        known = self.normal, self.anomalous, score_of(self.lowest), score_of(self.highest)
         aupro = min(self.pro / self.limit, 1.0) if self.normal and self.regions else None
         if not (self.normal and self.anomalous):
-            return Measured(*ends)
+            return Measured(*known)
         area, ap = self.area / (self.normal * self.anomalous), self.ap / self.anomalous
         f1 = None if self.at is None else self.f1
-        return Measured(*ends, area, ap, self.f1_max, score_of(self.threshold), f1, aupro)
+        return Measured(*known, area, ap, self.f1_max, score_of(self.threshold), f1, aupro)
 
 
 def keys_of(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
