@@ -1,0 +1,128 @@
+"""Frozen feature maps of timm's models: stages of a CNN, blocks of a vision transformer."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.timm_weights import complaint, read_weights
+
+
+class Backbone(nn.Module):
+    """Maps images `(B, 3, H, W)` in [-1, 1] to feature maps `(B, C_l, H_l, W_l)`, shallow ones first.
+
+    It is frozen and stays in evaluation mode, whatever mode it is put in. What lies behind its last map is not kept.
+    Weights are random until `load`, so that a checkpoint that holds them needs neither file nor hub.
+
+    Args:
+        model: timm model name, or `hf-hub:<owner>/<name>`.
+        layers: Numbers of the maps, as timm counts the stages of a CNN (the stem's is 0) or a transformer's blocks.
+        weights: `hub` for timm's own, a file of the model's state dict (safetensors or .pth, half precision allowed),
+            or `random`.
+        norm: Whether maps of a transformer go through its last norm.
+        image_size: Side or (height, width) of the images; a transformer's position embedding is made for it. None is
+            the model's own.
+        pad_type: `same` for models with TensorFlow's padding; None is the model's own.
+        mean: Of RGB values in [0, 1]; None is what the model was trained with.
+        std: Likewise.
+
+    Attributes:
+        channels: C_l of each map.
+
+    Raises:
+        UserError: an unknown model, one without feature maps, or a layer that it does not have.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        layers: Sequence[int] = (1, 2, 3),
+        weights: str = "hub",
+        norm: bool = False,
+        image_size: int | Sequence[int] | None = None,
+        pad_type: Literal["same"] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ):
+        super().__init__()
+        if not model.startswith("hf-hub:") and not timm.is_model(model):
+            raise UserError(f"backbone.model: timm has no '{model}'{did_you_mean(model, timm.list_models())}")
+        self.model, self.layers, self.weights, self.norm = model, list(layers), weights, norm
+        self.options: dict[str, Any] = {} if pad_type is None else {"pad_type": pad_type}
+        if image_size is not None:
+            self.options["img_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
+        net = self._create()
+        if not hasattr(net, "forward_intermediates"):
+            raise UserError(f"backbone.model: timm's {model} offers no feature maps")
+        found = [info["num_chs"] for info in _rows(net.feature_info)]
+        if not layers or not set(self.layers) <= set(range(len(found))):
+            raise UserError(f"backbone.layers: found {self.layers}, expected some of 0 to {len(found) - 1} of {model}")
+        self.channels = [found[layer] for layer in self.layers]
+        config = timm.data.resolve_data_config({}, model=net)
+        for name, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        self.net = self._pruned(net)
+
+    def _create(self, **options: Any) -> nn.Module:
+        try:
+            return timm.create_model(self.model, **self.options, **options)
+        except TypeError as error:
+            raise UserError(f"backbone: timm's {self.model} takes no such argument ({error})") from error
+
+    def _pruned(self, net: nn.Module) -> nn.Module:
+        net.prune_intermediate_layers(self.layers, prune_norm=not self.norm, prune_head=True)
+        return net.eval().requires_grad_(False)
+
+    def load(self) -> None:
+        """Loads what `weights` names.
+
+        Raises:
+            UserError: no file or no hub, or weights of another model.
+        """
+        if self.weights == "random":
+            return
+        overlay = {}
+        if self.weights != "hub":
+            overlay = {"pretrained_cfg_overlay": {"state_dict": read_weights(self.weights, "backbone", self.model)}}
+        try:
+            full = self._create(pretrained=True, **overlay)
+        except RuntimeError as error:
+            if not overlay:
+                raise self._no_hub(error) from error
+            path = Path(self.weights).expanduser()
+            raise UserError(f"backbone.weights: {path} does not fit timm's {self.model}: {complaint(error)}") from error
+        except (OSError, ValueError) as error:
+            raise self._no_hub(error) from error
+        self.net.load_state_dict(self._pruned(full).state_dict())
+
+    def _no_hub(self, error: Exception) -> UserError:
+        return UserError(
+            f"backbone.weights: the weights of timm's {self.model} cannot be downloaded ({type(error).__name__}); put "
+            "the file anywhere and give its path as backbone.weights"
+        )
+
+    def sizes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(H_l, W_l) of each map of images of (H, W)."""
+        ghost = copy.deepcopy(self).to("meta")
+        return [tuple(y.shape[2:]) for y in ghost(torch.empty(1, 3, *image_size, device="meta"))]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = (image * 0.5 + (0.5 - self.mean)) / self.std
+        norm = {"norm": True} if self.norm else {}
+        maps = self.net.forward_intermediates(
+            x, indices=self.layers, stop_early=True, intermediates_only=True, output_fmt="NCHW", **norm
+        )
+        return maps
+
+
+def _rows(info: Any) -> list[dict[str, Any]]:
+    return info if isinstance(info, list) else info.get_dicts()

@@ -1,0 +1,192 @@
+"""FastFlow (arXiv 2111.07677): convolutional normalizing flows on the feature maps of a frozen network."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from penstock.kernels.coupling import Form, couple, decouple, passive
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.backbone import Backbone
+
+UNIT_GAIN = 2 * math.log(math.exp(5) - 1)  # the gain 0.1 softplus(., beta=0.5) of it is 1
+RatioBase = Literal["half", "full"]
+Coded = list[tuple[Tensor, Tensor]]
+
+
+class CouplingStep(nn.Module):
+    """One step: an affine coupling whose subnet sees the first half of the channels, a gain, and a permutation.
+
+    The subnet is `Conv - ReLU - Conv`; `kernels.coupling` has the rest.
+
+    Args:
+        channels: C; the first `C - C // 2` pass unchanged.
+        hidden: Channels between the two convolutions.
+        kernel: Side of both.
+        clamp: Bound of the log-scale.
+        form: Of that bound, see `kernels.coupling`.
+    """
+
+    def __init__(self, channels: int, hidden: int, kernel: int, clamp: float = 2.0, form: Form = "tanh"):
+        super().__init__()
+        active = channels // 2
+        self.clamp, self.form = clamp, form
+        self.subnet = nn.Sequential(
+            nn.Conv2d(channels - active, hidden, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.Conv2d(hidden, 2 * active, kernel, padding=kernel // 2),
+        )
+        self.global_scale = nn.Parameter(torch.full((channels,), UNIT_GAIN))
+        self.global_offset = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("perm", torch.randperm(channels))
+
+    @property
+    def gain(self) -> Tensor:
+        """g > 0, `(C,)`."""
+        return 0.1 * F.softplus(self.global_scale, beta=0.5)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, C, H, W)` and the log-determinant `(B,)`."""
+        a = self.subnet(u[:, : len(self.perm) - len(self.perm) // 2])
+        return couple(u, a, self.gain, self.global_offset, self.perm, self.clamp, self.form)
+
+    def inverse(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` maps to `v`, and the log-determinant of this way."""
+        a = self.subnet(passive(v, self.gain, self.global_offset, self.perm))
+        return decouple(v, a, self.gain, self.global_offset, self.perm, self.clamp, self.form)
+
+
+class CouplingFlow(nn.Module):
+    """Steps one after the other, on maps of any size.
+
+    Args:
+        channels: C.
+        steps: How many.
+        conv3x3_only: Kernels of 3; otherwise 3 and 1 by turns.
+        hidden_ratio: Channels between a subnet's convolutions, as a part of those of `hidden_ratio_base`.
+        hidden_ratio_base: `half`, the channels that a subnet sees (public code), or `full`, all C (which gives the
+            paper's 14.8 M parameters on vision transformers).
+        clamp: See `CouplingStep`.
+        form: See `kernels.coupling`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        steps: int = 8,
+        conv3x3_only: bool = False,
+        hidden_ratio: float = 1.0,
+        hidden_ratio_base: RatioBase = "half",
+        clamp: float = 2.0,
+        form: Form = "tanh",
+    ):
+        super().__init__()
+        base = channels - channels // 2 if hidden_ratio_base == "half" else channels
+        hidden = int(base * hidden_ratio)
+        if channels < 2 or hidden < 1 or steps < 1:
+            raise ValueError(
+                f"flow of {channels} channels, {steps} steps, hidden_ratio={hidden_ratio}: expected 2, 1, and a hidden "
+                "channel at least"
+            )
+        kernels = [1 if k % 2 and not conv3x3_only else 3 for k in range(steps)]
+        self.steps = nn.ModuleList(CouplingStep(channels, hidden, kernel, clamp, form) for kernel in kernels)
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise `(B, C, H, W)` and the log-determinant `(B,)` of a map."""
+        logdet = 0
+        for step in self.steps:
+            y, one = step(y)
+            logdet = logdet + one
+        return y, logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A map of noise, and the log-determinant of this way."""
+        logdet = 0
+        for step in reversed(self.steps):
+            z, one = step.inverse(z)
+            logdet = logdet + one
+        return z, logdet
+
+
+class SampleNorm(nn.Module):
+    """Layer norm of each sample over all of `(C, H, W)`.
+
+    Args:
+        shape: (C, H, W) of an affine map of its elements, which ties the norm to that size; None is none.
+    """
+
+    def __init__(self, shape: tuple[int, int, int] | None = None):
+        super().__init__()
+        self.weight = None if shape is None else nn.Parameter(torch.ones(shape))
+        self.bias = None if shape is None else nn.Parameter(torch.zeros(shape))
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.weight is not None and y.shape[1:] != self.weight.shape:
+            raise UserError(
+                f"images: their feature maps are {tuple(y.shape[1:])}, expected {tuple(self.weight.shape)}; a flow of "
+                "any size needs model.net.norm_affine=false"
+            )
+        return F.layer_norm(y, y.shape[1:], self.weight, self.bias)
+
+
+class FastFlowNet(nn.Module):
+    """A frozen network, and a flow for each of its maps.
+
+    The affine part of the norm is outside of the flow: its Jacobian is not in the loss, which shrinking it lowers
+    without bound. Public code has it, and `norm_affine=false` is the stable choice.
+
+    Args:
+        backbone: Images to maps.
+        image_size: Side or (height, width) of training images, to which `norm_affine` ties the flows.
+        flow_steps: See `CouplingFlow`.
+        conv3x3_only: See there.
+        hidden_ratio: See there.
+        hidden_ratio_base: See there.
+        clamp: See there.
+        form: See there.
+        norm: Whether each map of a sample is normalised; maps of transformers have their own norm.
+        norm_affine: Whether that norm has a trainable gain and offset of every element.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        image_size: int | Sequence[int] = 256,
+        flow_steps: int = 8,
+        conv3x3_only: bool = False,
+        hidden_ratio: float = 1.0,
+        hidden_ratio_base: RatioBase = "half",
+        clamp: float = 2.0,
+        form: Form = "tanh",
+        norm: bool = True,
+        norm_affine: bool = True,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.image_size = size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        shapes: list = [None] * len(backbone.channels)
+        if norm and norm_affine:
+            shapes = [(c, *hw) for c, hw in zip(backbone.channels, backbone.sizes(size))]
+        self.norms = nn.ModuleList(SampleNorm(shape) for shape in shapes) if norm else None
+        self.flows = nn.ModuleList(
+            CouplingFlow(c, flow_steps, conv3x3_only, hidden_ratio, hidden_ratio_base, clamp, form)
+            for c in backbone.channels
+        )
+
+    def encode(self, maps: Sequence[Tensor]) -> Coded:
+        """(noise `(B, C_l, H_l, W_l)`, log-determinant `(B,)`) of every feature map."""
+        if self.norms is not None:
+            maps = [norm(y) for norm, y in zip(self.norms, maps)]
+        return [flow(y) for flow, y in zip(self.flows, maps)]
+
+    def forward(self, image: Tensor) -> Coded:
+        """The same of images `(B, 3, H, W)` in [-1, 1]."""
+        return self.encode(self.backbone(image))
+
+
+def negative_log_likelihood(coded: Coded) -> Tensor:
+    """`sum_l 1/2 |z_l|^2 - logdet_l` of each sample `(B,)` in nats, without the constant (section 3.3 of the paper)."""
+    return sum(0.5 * z.to(logdet.dtype).square().flatten(1).sum(1) - logdet for z, logdet in coded)
