@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and writes `anomaly_metrics.json` and `anomaly_metrics.md`."""
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=5000)
-    options.add_argument("--kept", type=int, default=60, help="images of the rows that keep every pixel")
+    options.add_argument("--strong", type=int, default=1000, help="images of the row of strong defects")
+    options.add_argument("--kept", type=int, default=20, help="images of the rows that keep every pixel")
     options.add_argument("--size", type=int, default=1024, help="side of the maps, a multiple of 16")
     given = options.parse_args(argv)
     rows = []
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("scikit-learn", given.kept, False),
         ("torchmetrics", given.kept, False),
         ("counts", given.images, False),
-        ("counts", given.images, True),
+        ("counts", given.strong, True),
     ):
         with get_context("spawn").Pool(1) as pool:
             rows.append(pool.apply(measure, (how, images, given.size, given.seed, alike)))

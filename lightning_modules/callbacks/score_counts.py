@@ -13,7 +13,7 @@ from penstock.lightning_modules.errors import UserError
 PAGE, PIECE = 1 << 23, 1 << 20
 COUNT = np.uint32
 CARRY = 1 << 31
-FEW, LOOSE = 1 << 22, 64
+FEW = 1 << 22
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
@@ -68,15 +68,17 @@ class ScoreCounts:
             block = keys[first : first + CARRY]
             if self._since + len(block) > CARRY:
                 self._since = 0
-                for either in (column for page in self.pages.values() for column in page):
-                    either.carry()
+                for normal, anomalous in self.pages.values():
+                    normal.carry()
+                    anomalous.carry()
             self._since += len(block)
             numbers = block // PAGE
             several = numbers.min() < numbers.max()
             for number in np.flatnonzero(np.bincount(numbers)).tolist():
-                columns = self.pages.setdefault(number, (_Column(), _Column()))
+                columns = self.pages.setdefault(number, _empty_page())
                 here = numbers == number if several else slice(None)
-                columns[column].add(block[here] % PAGE, None if weights is None else weights[first:][:CARRY][here])
+                own = () if weights is None else (weights[first : first + CARRY][here],)
+                columns[column].add(block[here] % PAGE, *own)
 
     def measure(self, limit: float = 0.3, at: float | None = None) -> Measured | None:
         """The metrics over all ranks, on each of them; None without scores. All ranks must call it.
@@ -94,9 +96,9 @@ class ScoreCounts:
             curve, bundles = ScoreCurve(sum(normal), sum(anomalous), sum(regions), limit, at), _bundles(used)
         for bundle in broadcast(bundles):
             held = gather([self._piece(base) for base in bundle])
-            for base, *parts in zip(bundle, *(held or ())):
-                if curve is not None:
-                    curve.extend(base, *_summed(parts))
+            if curve is not None and held is not None:
+                for base, *pieces in zip(bundle, *held):
+                    curve.extend(base, *_summed(pieces))
         return broadcast(None if curve is None else curve.measured())
 
     def _used(self) -> Counter[int]:
@@ -109,7 +111,7 @@ class ScoreCounts:
 
     def _piece(self, base: int) -> tuple[NDArray, ...]:
         """Which possible scores from `base` were met, and their counts and weights."""
-        page = self.pages.get(base // PAGE, (_Column(), _Column()))
+        page = self.pages.get(base // PAGE) or _empty_page()
         (normal_at, normal, _), (anomalous_at, anomalous, weights) = (column.read(base % PAGE) for column in page)
         return _summed(
             [
@@ -122,30 +124,29 @@ class ScoreCounts:
 class _Column:
     """Counts, and sums of weights where there are any, by score of one page."""
 
-    def __init__(self) -> None:
-        self.parts: list[tuple[NDArray[np.uint32], NDArray[np.float64] | None]] = []
+    def __init__(self, weighted: bool):
         self.held = 0
+        self.list: list[NDArray] = [np.empty(0, np.uint32), *([np.empty(0)] if weighted else [])]
         self.counts: NDArray | None = None
         self.weights: NDArray[np.float64] | None = None
         self.carried: dict[int, int] = {}
 
-    def add(self, keys: NDArray[np.uint32], weights: NDArray[np.float64] | None) -> None:
-        """Places in the page, repeated or not."""
+    def add(self, *columns: NDArray) -> None:
+        """Places in the page, repeated or not, and their weights."""
+        if self.counts is None and self.held + len(columns[0]) < FEW:
+            self.list = [_appended(old, self.held, new) for old, new in zip(self.list, columns)]
+            self.held += len(columns[0])
+            return
         if self.counts is None:
-            self.parts.append((keys, weights))
-            self.held += len(keys)
-            if self.held < FEW:
-                self.parts = [_joined(self.parts)] if len(self.parts) > LOOSE else self.parts
-                return
-            self.counts = np.zeros(PAGE, COUNT)
-            parts, self.parts = self.parts, []
-        else:
-            parts = [(keys, weights)]
-        for keys, weights in parts:
-            np.add.at(self.counts, keys, COUNT(1))
-            if weights is not None:
-                self.weights = np.zeros(PAGE) if self.weights is None else self.weights
-                np.add.at(self.weights, keys, weights)
+            self.counts, self.weights = np.zeros(PAGE, COUNT), np.zeros(PAGE) if len(columns) > 1 else None
+            self._count(*(old[: self.held] for old in self.list))
+            self.list = []
+        self._count(*columns)
+
+    def _count(self, keys: NDArray[np.uint32], weights: NDArray[np.float64] | None = None) -> None:
+        np.add.at(self.counts, keys, COUNT(1))
+        if weights is not None:
+            np.add.at(self.weights, keys, weights)
 
     def carry(self) -> None:
         """Sets what would soon overflow aside."""
@@ -158,13 +159,15 @@ class _Column:
         """The first places of the pieces that may not be empty, and how many places of them are met at most."""
         if self.counts is not None:
             return [(first, PIECE) for first in range(0, PAGE, PIECE)]
-        entries = np.bincount(_joined(self.parts)[0] // PIECE)
+        entries = np.bincount(self.list[0][: self.held] // PIECE)
         return [(int(piece) * PIECE, min(int(entries[piece]), PIECE)) for piece in np.flatnonzero(entries)]
 
     def read(self, first: int) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
         """Those met of the `PIECE` places from `first`, counted from there; their counts and sums of weights."""
         if self.counts is None:
-            return _counted(*_joined([_between(*part, first) for part in self.parts]))
+            keys, *weights = (column[: self.held] for column in self.list)
+            here = keys // PIECE == first // PIECE
+            return _counted(keys[here] - np.uint32(first), *(column[here] for column in weights))
         counts = self.counts[first : first + PIECE].astype(np.int64)
         for key, count in self.carried.items():
             if first <= key < first + PIECE:
@@ -197,20 +200,20 @@ def _summed(held: list[tuple[NDArray, ...]]) -> tuple[NDArray, ...]:
     return met[starts], *(np.add.reduceat(column, starts) if len(starts) else column for column in columns)
 
 
-def _between(keys: NDArray, weights: NDArray | None, first: int) -> tuple[NDArray, NDArray | None]:
-    """Those of the `PIECE` places from `first`, counted from there."""
-    here = keys // PIECE == first // PIECE
-    return keys[here] - np.uint32(first), None if weights is None else weights[here]
+def _empty_page() -> tuple[_Column, _Column]:
+    return _Column(weighted=False), _Column(weighted=True)
 
 
-def _joined(parts: list[tuple[NDArray, NDArray | None]]) -> tuple[NDArray, NDArray | None]:
-    if not parts:
-        return np.empty(0, np.uint32), None
-    keys, weights = zip(*parts)
-    return np.concatenate(keys), None if weights[0] is None else np.concatenate(weights)
+def _appended(column: NDArray, held: int, new: NDArray) -> NDArray:
+    """`column` with `new` from place `held`, in a larger array where it has no room: few large pieces of memory."""
+    if held + len(new) > len(column):
+        column, old = np.empty(max(held + len(new), 2 * held, 1 << 12), column.dtype), column
+        column[:held] = old[:held]
+    column[held : held + len(new)] = new
+    return column
 
 
-def _counted(keys: NDArray, weights: NDArray | None) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
+def _counted(keys: NDArray, weights: NDArray | None = None) -> tuple[NDArray, NDArray[np.int64], NDArray[np.float64]]:
     """Different keys, how often each comes, and the sums of their weights; many by tables, few by sorting."""
     if len(keys) > PIECE // 32:
         counts = np.bincount(keys)

@@ -13,7 +13,7 @@ from penstock.benchmarks import anomaly_metrics
 def test_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(anomaly_metrics, "get_context", lambda kind: multiprocessing.dummy)
     threads = torch.get_num_threads()
-    anomaly_metrics.main(["--images", "12", "--kept", "5", "--size", "64", "--out", str(tmp_path)])
+    anomaly_metrics.main(["--images", "12", "--strong", "12", "--kept", "5", "--size", "64", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "anomaly_metrics.json").read_text())
     ours, sklearn, torchmetrics, many, strong = found["rows"]

@@ -127,8 +127,6 @@ def test_pages_of_arrays_are_those_of_lists(monkeypatch):
     masks = blobs()
     scores = maps("negative", masks)
     expected = measured(scores, masks)
-    monkeypatch.setattr(score_counts, "LOOSE", 2)
-    assert tuple(measured(scores, masks)[:8]) == expected[:8]
     monkeypatch.setattr(score_counts, "PIECE", 1 << 14)
     assert tuple(measured(scores, masks)[:8]) == pytest.approx(expected[:8], abs=1e-12)
     monkeypatch.undo()
@@ -143,6 +141,19 @@ def test_pages_of_arrays_are_those_of_lists(monkeypatch):
     assert found[:9] == measured(scores, masks)[:9]
     assert found.aupro == pytest.approx(measured(scores, masks).aupro, abs=1e-12)
     assert np.unique(scores, return_counts=True)[1].max() > 255
+
+
+def test_memory_is_of_binades_and_not_of_pixels(monkeypatch):
+    monkeypatch.setattr(score_counts, "FEW", 300)
+    masks, counts, held = blobs(), ScoreCounts(), []
+    scores = maps("perfect", masks)
+    for _ in range(4):
+        for image, mask in zip(scores, masks):
+            counts.update_map(image, mask)
+        columns = [column for page in counts.pages.values() for column in page]
+        held.append(sum(array.nbytes for c in columns for array in (*c.list, c.counts, c.weights) if array is not None))
+    assert held[2] == held[3] < 135e6 * len(counts.pages)
+    assert counts.normal + counts.anomalous == 4 * scores.size
 
 
 def test_f1_at_a_threshold():
