@@ -79,6 +79,10 @@ class Calibration(nn.Module):
                 f"{' on images with masks' if name in ('pixel_threshold', 'map_range') else ''}"
             )
 
+    def facts(self) -> dict[str, float | list[float]]:
+        """What is known, as plain numbers."""
+        return {name: value.tolist() for name, value in self.named_buffers() if not value.isnan().any()}
+
     def _normalised(self, x: Tensor, threshold: str, ends: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.check(threshold)

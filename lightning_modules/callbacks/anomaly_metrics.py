@@ -114,7 +114,7 @@ class AnomalyMetrics(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._improved and self.save_best and not trainer.fast_dev_run:
-            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "best.ckpt"))
+            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "best.ckpt"), weights_only=False)
         self._improved = False
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

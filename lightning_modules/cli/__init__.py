@@ -27,6 +27,7 @@ look
   sample     penstock sample ckpt_path=runs/.../checkpoints/last.ckpt n=64 steps=4
   pairs      penstock pairs ckpt_path=runs/.../checkpoints/last.ckpt n=6000 steps=20
   encode     penstock encode experiment=starflow_t2i_256 out=latents
+  export     penstock export ckpt_path=runs/.../checkpoints/last.ckpt format=onnx
   compare    penstock compare runs/a runs/b
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
@@ -69,6 +70,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.encode import run_encode
 
         return run_encode(words)
+    if verb == "export":
+        from penstock.lightning_modules.cli.export import run_export
+
+        return run_export(words)
     if verb in ("fit", "validate", "test", "predict"):
         if "-m" in words or "--multirun" in words:
             from penstock.lightning_modules.cli.sweep import run_sweep
@@ -77,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.verbs import run_verb
 
         return run_verb(verb, words)
-    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "compare", "list")
+    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "export", "compare", "list")
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 

@@ -31,6 +31,7 @@ NOISE = (
     r".*`broadcast_buffers` is deprecated.*",
     r".*smaller than the logging interval.*",
     r".*does not have many workers.*",
+    r".*in eval mode at the start of training.*",  # frozen networks
     r".*Checkpoint directory .* exists and is not empty.*",
 )
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")

@@ -1,0 +1,92 @@
+"""What `penstock predict` leaves of an anomaly model: scores, heat maps and masks of every image."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch import Tensor
+
+from penstock.lightning_modules.callbacks.anomaly_pictures import above, heat
+from penstock.lightning_modules.callbacks.ranks import gather
+
+COLUMNS = ("file", "score", "normalized", "anomalous")
+
+
+class AnomalyPredictions(BasePredictionWriter):
+    """Writes `scores.csv`, `scores.json`, `heat/<file>.png` and `masks/<file>.png` into `predictions/`.
+
+    `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. A
+    mask is 255 where the map reaches the threshold of pixels. Files keep their folders. Pictures are written as they
+    come; only scores are collected.
+
+    Args:
+        pictures: Whether heat maps and masks are written.
+    """
+
+    def __init__(self, pictures: bool = True):
+        super().__init__(write_interval="batch_and_epoch")
+        self.pictures = pictures
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a model whose threshold was never set.
+
+        Raises:
+            UserError: so it is.
+        """
+        pl_module.calibration.check("image_threshold")
+        self.masks = self.pictures and "pixel_threshold" in pl_module.calibration.facts()
+        trainer.predict_loop.return_predictions = False
+        self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: dict[str, Tensor],
+        batch_indices: Sequence[int] | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        calibration, numbers = pl_module.calibration, prediction["index"].tolist()
+        files = [trainer.datamodule.where(number) for number in numbers]
+        scores = prediction["score"].double()
+        columns = (files, scores.tolist(), calibration.scores(scores).tolist())
+        reached = (scores >= calibration.image_threshold).tolist()
+        self.rows += [(number, *row) for number, *row in zip(numbers, *columns, reached)]
+        if not self.masks:
+            return
+        maps = prediction["map"]
+        hot, masks = heat(batch["image"], calibration.maps(maps)), above(maps, calibration.pixel_threshold)[:, 0].cpu()
+        for name, picture, mask in zip(files, hot, masks):
+            for kind, pixels in (("heat", picture.permute(1, 2, 0)), ("masks", mask)):
+                place = (self.folder / kind / name).with_suffix(".png")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.contiguous().numpy()).save(place)
+
+    def write_on_epoch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any] | None,
+    ) -> None:
+        parts = gather(self.rows)
+        if parts is None:
+            return
+        rows = [row[1:] for row in sorted({row[0]: row for part in parts for row in part}.values())]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows((name, score, normalized, int(found)) for name, score, normalized, found in rows)
+        report = {
+            **pl_module.calibration.facts(),
+            "images": [dict(zip(COLUMNS, row)) for row in rows],
+        }
+        (self.folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

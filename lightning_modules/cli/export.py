@@ -1,0 +1,46 @@
+"""`penstock export ckpt_path=... format=onnx`: a model as one file that needs none of this project."""
+
+import json
+from pathlib import Path
+
+from penstock.lightning_modules.cli.given import check_keys, split, typed
+from penstock.lightning_modules.cli.out import check_no_file, made, together
+from penstock.lightning_modules.cli.verbs import run_of_checkpoint
+from penstock.lightning_modules.errors import UserError, did_you_mean
+
+OWN = {"ckpt_path": str, "format": str, "out": str, "batch": int}
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
+
+
+def run_export(words: list[str]) -> int:
+    """Writes the model of a checkpoint, with its averaged weights, as ONNX or as a program of `torch.export`.
+
+    Raises:
+        UserError: an unknown word or format, a bad checkpoint, a model that offers nothing to export, a package that is
+            absent, a folder that can't be written.
+    """
+    given = split("export", words, OWN)
+    check_keys("export", given, OWN)
+    kind = given.get("format", "onnx")
+    if kind not in FORMATS:
+        raise UserError(f"format={kind}: expected one of {', '.join(FORMATS)}{did_you_mean(kind, FORMATS)}")
+    if (batch := typed("batch", given.get("batch", "0"), int)) < 0:
+        raise UserError(f"batch={batch}: expected a whole number, or 0 for any number of images")
+    path = Path(given["ckpt_path"])
+    out = Path(given.get("out") or (run_of_checkpoint(str(path)) or Path(".")) / "export")
+    check_no_file("export", out)
+
+    from penstock.lightning_modules.build import model_from_checkpoint
+    from penstock.lightning_modules.exporting import exported, needs
+
+    needs(kind)
+    model = model_from_checkpoint(path)
+    if not hasattr(model, "exportable"):
+        raise UserError(f"ckpt_path={path}: {type(model).__name__} can't be exported; expected a model with exportable")
+    with made("export", out), together("export", out) as folder:
+        module, example, outputs, facts = model.exportable()
+        exported(module, example, outputs, kind, folder / FORMATS[kind], batch)
+        facts = {"input": ["batch" if not batch else batch, *example.shape[1:]], "outputs": outputs, **facts}
+        (folder / "model.json").write_text(json.dumps({**facts, "checkpoint": str(path)}, indent=1) + "\n")
+    print(f"written: {out / FORMATS[kind]}")
+    return 0

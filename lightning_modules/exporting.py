@@ -1,0 +1,50 @@
+"""Modules as files of ONNX or of `torch.export`."""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError
+
+Kind = Literal["onnx", "torch"]
+
+
+def needs(kind: Kind) -> None:
+    """Looks for the packages that a format needs.
+
+    Raises:
+        UserError: one is absent.
+    """
+    for package in ("onnx", "onnxscript") if kind == "onnx" else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"format=onnx: {package} is missing; install it: pip install 'penstock[export]'")
+
+
+def exported(module: nn.Module, example: Tensor, outputs: list[str], kind: Kind, file: Path, batch: int = 0) -> None:
+    """Writes a module of one tensor.
+
+    Args:
+        module: In evaluation mode.
+        example: What it takes, `(b, ...)`.
+        outputs: Names of what it gives.
+        kind: `onnx`, or `torch`, which `torch.export.load(file).module()` reads.
+        file: Where to.
+        batch: Number of samples that the file is for; 0 is any.
+    """
+    example = example[:1].repeat(batch or 2, *[1] * (example.ndim - 1))
+    dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+        if kind == "torch":
+            torch.export.save(program, str(file))
+            return
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            program, (), str(file), input_names=["image"], output_names=outputs, external_data=False, verbose=False
+        )

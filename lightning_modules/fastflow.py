@@ -1,0 +1,170 @@
+"""FastFlow (arXiv 2111.07677): anomalies are where features of an image are unlikely under a normalizing flow."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from penstock.lightning_modules.calibration import Calibration
+from penstock.lightning_modules.callbacks.ranks import sum_over_ranks
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.feature_cache import FeatureCache
+from penstock.lightning_modules.flow.anomaly_map import anomaly_map, blurred, image_score
+from penstock.lightning_modules.flow.tiles import tiled
+from penstock.lightning_modules.nets.fastflow import Coded, FastFlowNet, negative_log_likelihood
+from penstock.lightning_modules.training import optimizers
+
+
+class FastFlow(LightningModule):
+    """Trains flows on the feature maps of normal images by their exact likelihood.
+
+    Loss: `mean_b sum_l 1/2 |z_l|^2 - logdet_l`, a sum over all elements of the maps, about 1e5 an image; learning rates
+    are meant for that.
+
+    Args:
+        net: Frozen network and flows.
+        optimizer: Makes the optimiser from what trains.
+        scheduler: Makes a learning-rate scheduler that is stepped after every optimiser step.
+        top: Share of a map's largest values whose mean is the image's score, in [0, 1]; 0 takes the largest value.
+        blur: Standard deviation in pixels of a Gaussian that maps are smoothed with; 0 is none.
+        tile: Side or (height, width) of what the network sees at once; larger images are scored in overlapping tiles.
+            None is none.
+        overlap: Least share of a tile that its neighbour sees too, in [0, 1).
+        cache_features: Whether feature maps are kept in memory after the first epoch. Only for data without
+            augmentation, whose images are the same in every epoch.
+
+    Attributes:
+        calibration: Thresholds and ranges of scores; the metrics set them on validation images.
+        initial: Weights of the frozen network that are loaded at first; None once they are, or a checkpoint has them.
+
+    Raises:
+        ValueError: a share or a width out of range.
+    """
+
+    def __init__(
+        self,
+        net: FastFlowNet,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        top: float = 0.0,
+        blur: float = 0.0,
+        tile: int | tuple[int, int] | None = None,
+        overlap: float = 0.25,
+        cache_features: bool = False,
+    ):
+        super().__init__()
+        if not 0 <= top <= 1:
+            raise ValueError(f"top={top}: expected a share in [0, 1]")
+        if not 0 <= blur < float("inf"):
+            raise ValueError(f"blur={blur}: expected 0 or more pixels")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap={overlap}: expected a share in [0, 1)")
+        self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
+        self.initial: str | None = net.backbone.weights
+        self.top, self.blur, self.overlap = top, blur, overlap
+        self.tile = (tile, tile) if isinstance(tile, int) else tile
+        self.calibration = Calibration()
+        self.cache = FeatureCache() if cache_features else None
+
+    def setup(self, stage: str) -> None:
+        """Loads the frozen network, unless a checkpoint brings it.
+
+        Raises:
+            UserError: no weights, or augmented images that are to be kept.
+        """
+        if self.initial:
+            self.net.backbone.load()
+            self.initial = None
+        if self.cache is not None and getattr(self.trainer.datamodule, "augments", False):
+            raise UserError("model.cache_features: found true with augmented images (data.flip); expected one of them")
+
+    def maps_of(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Feature maps of a batch, from the cache where there is one."""
+        if self.cache is None:
+            return self.net.backbone(batch["image"])
+        return self.cache(batch["index"], batch["image"], self.net.backbone, self.trainer.training and self.known)
+
+    def on_train_epoch_start(self) -> None:
+        self.known = self.cache is not None and self.cache.has(self.trainer.datamodule.numbers["train"])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = negative_log_likelihood(self.net.encode(self.maps_of(batch))).mean()
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/loss", loss.detach(), batch_size=len(batch["index"]))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.normal_loss = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """What `predict_step` gives; sums up the loss of normal images, unless they are seen in tiles."""
+        if self._in_tiles(batch["image"]):
+            return self.predict_step(batch, batch_idx)
+        coded = self.net.encode(self.maps_of(batch))
+        losses, normal = negative_log_likelihood(coded), batch["label"] == 0
+        self.normal_loss += torch.stack([losses.double()[normal].sum(), normal.sum()])
+        return {"index": batch["index"], **self._scored(coded, batch["image"])}
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_normal_loss("val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_normal_loss("test/loss")
+
+    def _log_normal_loss(self, name: str) -> None:
+        total, count = sum_over_ranks(self.normal_loss).tolist()
+        if count:
+            self.log(name, total / count)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """`score` `(B,)`, `map` `(B, 1, H, W)`, float32, larger is more anomalous, and `index` `(B,)`."""
+        image = batch["image"]
+        if not self._in_tiles(image):
+            return {"index": batch["index"], **self._scored(self.net.encode(self.maps_of(batch)), image)}
+        maps = tiled(lambda piece: self._map(self.net(piece), piece), image, self.tile, self.overlap)
+        return {"index": batch["index"], "score": image_score(maps, self.top), "map": maps}
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Score `(B,)` and map `(B, 1, H, W)` of images `(B, 3, H, W)` in [-1, 1]."""
+        found = self._scored(self.net(image), image)
+        return found["score"], found["map"]
+
+    def _scored(self, coded: Coded, image: Tensor) -> dict[str, Tensor]:
+        maps = self._map(coded, image)
+        return {"score": image_score(maps, self.top), "map": maps}
+
+    def _map(self, coded: Coded, image: Tensor) -> Tensor:
+        return blurred(anomaly_map([z for z, _ in coded], tuple(image.shape[-2:])), self.blur)
+
+    def _in_tiles(self, image: Tensor) -> bool:
+        return self.tile is not None and tuple(image.shape[-2:]) != self.tile
+
+    def exportable(self) -> tuple[nn.Module, Tensor, list[str], dict[str, Any]]:
+        """What `penstock export` writes: a module of RGB images in [0, 1], an example, and names of what it gives.
+
+        Last come facts that a program using it needs: thresholds of scores and of maps, and their ranges.
+        """
+        example = torch.rand(1, 3, *self.net.image_size)
+        return Detector(self).eval(), example, ["score", "map"], self.calibration.facts()
+
+    def configure_optimizers(self) -> Any:
+        return optimizers(self)
+
+
+class Detector(nn.Module):
+    """Score `(B,)` and map `(B, 1, H, W)` of RGB images `(B, 3, H, W)` in [0, 1], by a trained model."""
+
+    def __init__(self, model: FastFlow):
+        super().__init__()
+        self.net, self.top, self.blur = model.net, model.top, model.blur
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        z = [z for z, _ in self.net(2 * image - 1)]
+        maps = blurred(anomaly_map(z, tuple(image.shape[-2:])), self.blur)
+        return image_score(maps, self.top), maps

@@ -1,0 +1,182 @@
+"""FastFlow end to end on tiny trees: training, kept features, resuming, tiles, export."""
+
+import json
+
+import pytest
+import torch
+
+from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.fastflow import FastFlow
+from penstock.lightning_modules.feature_cache import FeatureCache
+from penstock.lightning_modules.nets.backbone import Backbone
+from penstock.lightning_modules.nets.fastflow import FastFlowNet
+from tests.anomaly_trees import mvtec
+
+TINY = [
+    "experiment=fastflow_magnetic_tile",
+    "data.category=bolt",
+    "image_size=64",
+    "data.batch_size=4",
+    "model.net.backbone.model=mobilenetv2_035",
+    "model.net.backbone.weights=random",
+    "model.net.flow_steps=2",
+    "trainer.max_epochs=2",
+    "trainer.check_val_every_n_epoch=1",
+    "callbacks.checkpoint.every_n_epochs=1",
+    "callbacks.gallery.rows=3",
+    "logger=csv",
+]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return mvtec(tmp_path_factory.mktemp("tree"), size=(70, 66))
+
+
+def fit(folder, tree, *words):
+    assert main(["fit", *TINY, f"data.data_dir={tree}", f"run_dir={folder}", *words]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_run_dir(monkeypatch):
+    monkeypatch.delenv("RUN_DIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def run(tree, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RUN_DIR", raising=False)
+        return fit(tmp_path_factory.mktemp("run") / "a", tree)
+
+
+def state(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_metrics_pictures_thresholds_and_the_best(run):
+    found = json.loads((run / "metrics.json").read_text())
+    names = {"image_auroc", "pixel_auroc", "aupro", "image_ap", "image_f1_max", "pixel_threshold", "test/loss"}
+    assert names | {"best_on_test/image_auroc", "best_on_test/epoch", "val/image_auroc", "val/loss"} <= found.keys()
+    assert found["image_auroc"] == pytest.approx(found["val/image_auroc"])  # the same images, the same weights
+    assert {path.name for path in (run / "samples").iterdir()} >= {"test.png", "step_000004.png"}
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert not state(run)["calibration.image_threshold"].isnan()
+
+
+def test_kept_features_change_nothing(run, tree, tmp_path):
+    plain = state(fit(tmp_path / "b", tree, "model.cache_features=false"))
+    for key, value in state(run).items():
+        torch.testing.assert_close(value, plain[key], rtol=0, atol=0, msg=key)
+
+
+def test_a_resumed_run_has_the_same_bits(run, tree, tmp_path):
+    folder = fit(tmp_path / "c", tree, "trainer.max_epochs=1")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert main(["fit", f"ckpt_path={last}", "trainer.max_epochs=2", f"run_dir={folder}"]) == 0
+    for key, value in state(run).items():
+        torch.testing.assert_close(value, state(folder)[key], rtol=0, atol=0, msg=key)
+
+
+def test_kept_features_and_augmentation_exclude_each_other(tree, tmp_path, capsys):
+    words = [*TINY, f"data.data_dir={tree}", f"run_dir={tmp_path / 'd'}", "data.flip=true"]
+    assert main(["fit", *words]) == 2
+    assert "model.cache_features" in capsys.readouterr().err
+
+
+def test_a_checkpoint_needs_no_weights_of_the_backbone(tree, tmp_path):
+    weights = tmp_path / "w.pth"
+    torch.manual_seed(1)
+    torch.save(Backbone("mobilenetv2_035", weights="random")._create().state_dict(), weights)
+    folder = fit(tmp_path / "e", tree, f"model.net.backbone.weights={weights}", "trainer.max_epochs=1")
+    expected = torch.load(weights, weights_only=True)["conv_stem.weight"]
+    weights.unlink()
+    torch.testing.assert_close(state(folder)["net.backbone.net.conv_stem.weight"], expected, rtol=0, atol=0)
+    assert main(["test", f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", f"run_dir={tmp_path / 'f'}"]) == 0
+
+
+def test_predictions_of_the_test_images(run, tmp_path):
+    assert main(["predict", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"run_dir={tmp_path / 'g'}"]) == 0
+    found = json.loads((tmp_path / "g" / "predictions" / "scores.json").read_text())
+    files = [row["file"] for row in found["images"]]
+    assert len(files) == 10
+    assert files[0] == "test/good/000.png"
+    assert all((tmp_path / "g" / "predictions" / kind / file).is_file() for kind in ("heat", "masks") for file in files)
+    rows = found["images"]
+    assert [row["anomalous"] for row in rows] == [row["score"] >= found["image_threshold"] for row in rows]
+    assert (tmp_path / "g" / "predictions" / "scores.csv").read_text().count("\n") == 11
+
+
+def tiny(**options) -> FastFlow:
+    torch.manual_seed(0)
+    net = FastFlowNet(Backbone("mobilenetv2_035", weights="random"), 64, flow_steps=2, norm_affine=False)
+    return FastFlow(net, torch.optim.Adam, **options).eval()
+
+
+def test_larger_images_are_scored_in_tiles():
+    model, image = tiny(tile=64), torch.rand(2, 3, 100, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        found = model.predict_step({"image": image, "index": torch.arange(2)}, 0)
+        assert found["map"].shape == (2, 1, 100, 64)
+        torch.testing.assert_close(found["score"], found["map"].flatten(1).amax(1))
+        torch.testing.assert_close(found["map"][:, :, :30], model(image[:, :, :64])[1][:, :, :30])  # one tile sees it
+        small = model.predict_step({"image": image[:, :, :64], "index": torch.arange(2)}, 0)
+        torch.testing.assert_close(small["map"], model(image[:, :, :64])[1])
+
+
+def test_a_cache_gives_what_was_put_in_by_number():
+    cache, calls = FeatureCache(), []
+
+    def net(image):
+        calls.append(len(image))
+        return [image * 2, image[:, :, ::2]]
+
+    images = torch.randn(300, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:300]
+    for rows in torch.arange(300).split(7):
+        cache(numbers[rows], images[rows], net)
+    assert cache.has(numbers.numpy())
+    assert not cache.has([1000])
+    seen = len(calls)
+    for known in (False, True):
+        rows = torch.tensor([5, 299, 0, 5])
+        found = cache(numbers[rows], images[rows], net, known)
+        assert all(torch.equal(a, b) for a, b in zip(found, net(images[rows])))
+    assert len(calls) == seen + 2  # of the comparison alone
+    assert cache.bytes >= 300 * (32 + 16) * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"top": 2}, "top=2"), ({"blur": -1}, "blur=-1"), ({"overlap": 1}, "overlap=1")]
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_exported_models_give_the_same(run, tmp_path, kind):
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    assert main(["export", f"ckpt_path={checkpoint}", f"format={kind}", f"out={tmp_path}"]) == 0
+    model = model_from_checkpoint(checkpoint)
+    image = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(2 * image - 1)
+    if kind == "torch":
+        found = torch.export.load(tmp_path / "model.pt2").module()(image)
+    else:
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        found = [torch.from_numpy(x) for x in session.run(["score", "map"], {"image": image.numpy()})]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert facts["input"] == ["batch", 3, 64, 64]
+    assert facts["image_threshold"] == pytest.approx(float(model.calibration.image_threshold))
+
+
+def test_models_without_an_export_say_so(tmp_path, capsys):
+    assert main(["export", "ckpt_path=nowhere.ckpt"]) == 2
+    assert main(["export", "ckpt_path=pyproject.toml", "format=onxx"]) == 2
+    assert "did you mean 'onnx'?" in capsys.readouterr().err
