@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.kernels import affine, cached_attention, jacobi, rotary
+from penstock.kernels import affine, cached_attention, coupling, jacobi, rotary
 
 SHARED_MEMORY = 101376  # bytes, of the smallest device since Ampere
 FULL, HALF, DOUBLE = "*fp32", "*bf16", "*fp64"
@@ -39,6 +39,12 @@ def light():
     for clamp, kind in ((0.0, HALF), (3.0, DOUBLE)):
         pointers = dict.fromkeys(("u", "mu", "sigma", "z"), kind) | {"sums": DOUBLE if kind == DOUBLE else FULL}
         yield jacobi._kernel(), {"CLAMP": clamp, "DOUBLE": kind == DOUBLE, "SIZE": jacobi.SIZE}, pointers
+    for mode, last, kind in ((0, True, HALF), (0, False, FULL), (1, True, FULL), (2, True, HALF), (2, False, DOUBLE)):
+        height, width = coupling.tile(64, 1024, last)
+        sizes = {"CLAMP": 2.0, "SLOPE": 0.1, "SOFT": 0.1, "MODE": mode, "LAST": last, "DOUBLE": kind == DOUBLE}
+        pointers = dict.fromkeys(("x", "a", "grad_out", "y", "grad_a"), kind) | {"index": "*i64"}
+        wide = dict.fromkeys(("grad_logdet", "gain", "offset", "sums"), DOUBLE if kind == DOUBLE else FULL)
+        yield coupling._kernel(), {**sizes, "HEIGHT": height, "WIDTH": width, "STEPS": 2}, pointers | wide
     head = {"SIZE": 24, "PADDED": 32, "HALVES": True}
     yield rotary._kernel(), {**head, "BACK": True, "ROWS": 8}, {"x": HALF, "out": HALF, **TURN}
     store, _, combine = cached_attention._kernels()
@@ -70,7 +76,7 @@ def compiled(which, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_light_kernels(tmp_path, monkeypatch):
-    assert len(compiled("light", tmp_path, monkeypatch)) == 9
+    assert len(compiled("light", tmp_path, monkeypatch)) == 14
 
 
 @pytest.mark.slow
