@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,6 +41,11 @@ class TensorStore:
     def fetch(self, numbers: np.ndarray) -> dict[str, Tensor]:
         rows = torch.from_numpy(numbers)
         return {key: value[rows] for key, value in self.tensors.items()}
+
+    @property
+    def labels(self) -> Tensor | None:
+        """`label` of all samples."""
+        return self.tensors.get("label")
 
     def warm(self, numbers: np.ndarray) -> None:
         """Nothing to read ahead."""
@@ -114,6 +120,11 @@ class KindDataModule(LightningDataModule):
     @property
     def levels(self) -> int:
         return self.pixels.levels if self.pixels else 0
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images or videos are flipped, turned or dequantised."""
+        return self.pixels is not None and self.pixels.augments
 
     @property
     def run_seed(self) -> int:
@@ -235,7 +246,7 @@ class KindDataModule(LightningDataModule):
         return KeyedLoader(
             guarded(rows),
             batch_sampler=batches,
-            collate_fn=collate or _as_is,
+            collate_fn=partial(_collated, collate=collate),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -258,6 +269,23 @@ def held_out(size: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     shuffled = np.random.default_rng(0).permutation(size)
     count = max(round(size * fraction), 1) if fraction else 0
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def halves(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(one, other): a fixed random half of the samples of every kind, the same for every seed of a run.
+
+    Args:
+        kinds: `(n,)`, what each sample is.
+
+    Returns:
+        Ascending numbers of 0 .. n-1; a kind of an odd number of samples has one more in the other half.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(kinds))
+    one = np.zeros(len(kinds), dtype=bool)
+    for kind in np.unique(kinds):
+        members = shuffled[kinds[shuffled] == kind]
+        one[members[: len(members) // 2]] = True
+    return np.flatnonzero(one), np.flatnonzero(~one)
 
 
 def fingerprint(*parts: object) -> str:
@@ -296,5 +324,6 @@ def _raw_key(batch: dict[str, Any]) -> str | None:
     return next((key for key in PIXEL_KEYS if key in batch and not batch[key].is_floating_point()), None)
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _collated(batch: dict[str, Any] | UserError, collate: Callable | None) -> Any:
+    """What is read, through `collate`; an error goes through to the loader, which raises it."""
+    return batch if collate is None or isinstance(batch, UserError) else collate(batch)

@@ -5,7 +5,8 @@ Every opener returns splits by the names `train`, `val`, `test`, each a `Source`
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,21 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 HASHED_WHOLE = 256 * 2**20
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Reading an image that messages call `where`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{where}: cannot read the image ({type(error).__name__}: {error}); expected a complete image"
+        ) from error
 
 
 class Source(Protocol):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.datamodules.base import KindDataModule, find_folder, fingerprint, held_out
-from penstock.datamodules.image_sources import Source, open_tables, open_torchvision, open_tree
+from penstock.datamodules.image_sources import Source, named, open_tables, open_torchvision, open_tree
 from penstock.datamodules.pixels import Pixels
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
@@ -94,8 +94,12 @@ class ImageStore:
                     f"{source.where(row)}: found {image.width}x{image.height} pixels, expected {width}x{height}; "
                     "set data.image_size to resize and crop"
                 )
-            image = centre_square(image, height)
+            image = self.resized(image)
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """An image of another size at that of the store."""
+        return centre_square(image, self.shape[1])
 
 
 def load_image(source: Source, row: int) -> Image.Image:
@@ -104,13 +108,9 @@ def load_image(source: Source, row: int) -> Image.Image:
     Raises:
         UserError: the image is named.
     """
-    try:
+    with named(source.where(row)):
         image = source.open(row)
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{source.where(row)}: cannot read the image ({type(error).__name__}: {error}); expected a complete image"
-        ) from error
     return image
 
 

@@ -25,6 +25,11 @@ class Pixels:
     flip: bool = False
     dequantise: bool = False
 
+    @property
+    def augments(self) -> bool:
+        """Whether training changes more than the scale."""
+        return self.flip or self.dequantise
+
     def scale(self, raw: Tensor) -> Tensor:
         """Raw levels `(B, ..., H, W)` as float32 in [-1, 1]."""
         return raw.float() * (2 / (self.levels - 1)) - 1
@@ -40,3 +45,26 @@ class Pixels:
             mirrored = draws.uniform(f"{prefix}flip") < 0.5
             x = torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         return x
+
+
+@dataclass(frozen=True)
+class TurnedPixels(Pixels):
+    """Pixels that are also turned in training, by 0, 90, 180 or 270 degrees with equal chance.
+
+    Args:
+        rotate: turn; images must be square.
+    """
+
+    rotate: bool = False
+
+    @property
+    def augments(self) -> bool:
+        return self.rotate or super().augments
+
+    def augment(self, raw: Tensor, draws: Draws, prefix: str = "") -> Tensor:
+        x = super().augment(raw, draws, prefix)
+        if not self.rotate:
+            return x
+        quarters = (draws.uniform(f"{prefix}rotate") * 4).view(-1, *[1] * (x.ndim - 1))
+        x = torch.where(quarters >= 2, x.flip((-2, -1)), x)
+        return torch.where(quarters % 2 >= 1, x.rot90(1, (-2, -1)), x)
