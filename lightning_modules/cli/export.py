@@ -40,7 +40,7 @@ def run_export(words: list[str]) -> int:
     with made("export", out), together("export", out) as folder:
         module, example, outputs, facts = model.exportable()
         exported(module, example, outputs, kind, folder / FORMATS[kind], batch)
-        facts = {"input": ["batch" if not batch else batch, *example.shape[1:]], "outputs": outputs, **facts}
+        facts = {"input": [batch or "batch", *example.shape[1:]], "outputs": outputs, **facts}
         (folder / "model.json").write_text(json.dumps({**facts, "checkpoint": str(path)}, indent=1) + "\n")
     print(f"written: {out / FORMATS[kind]}")
     return 0
