@@ -40,7 +40,7 @@ class AnomalyMetrics(pl.Callback):
     Args:
         monitor: Metric whose largest value makes the best epoch; of equal ones the first.
         fpr_limit: False positive rate up to which AUPRO is integrated, in (0, 1].
-        pixels: Whether pixels are scored too, some 40 ms of a core for each image of 1024 px.
+        pixels: Whether pixels are scored too, 40 to 70 ms of a core for each image of 1024 px.
         save_best: Whether the best epoch is kept as `checkpoints/best.ckpt`.
 
     Raises:
