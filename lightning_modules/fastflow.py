@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from penstock.lightning_modules.calibration import Calibration
@@ -68,6 +69,11 @@ class FastFlow(LightningModule):
         self.calibration = Calibration()
         self.cache = FeatureCache() if cache_features else None
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) of images to predict on; None is any, seen in tiles."""
+        return self.net.image_size if self.tile is None else None
+
     def setup(self, stage: str) -> None:
         """Loads the frozen network, unless a checkpoint brings it.
 
@@ -81,8 +87,8 @@ class FastFlow(LightningModule):
             raise UserError("model.cache_features: found true with augmented images (data.flip); expected one of them")
 
     def maps_of(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Feature maps of a batch, from the cache where there is one."""
-        if self.cache is None:
+        """Feature maps of a batch, in a fit from the cache where there is one."""
+        if self.cache is None or self.trainer.state.fn != TrainerFn.FITTING:
             return self.net.backbone(batch["image"])
         return self.cache(batch["index"], batch["image"], self.net.backbone, self.trainer.training and self.known)
 
@@ -143,7 +149,12 @@ class FastFlow(LightningModule):
         return blurred(anomaly_map([z for z, _ in coded], tuple(image.shape[-2:])), self.blur)
 
     def _in_tiles(self, image: Tensor) -> bool:
-        return self.tile is not None and tuple(image.shape[-2:]) != self.tile
+        size = tuple(image.shape[-2:])
+        if self.tile is None or size == self.tile:
+            return False
+        if size[0] < self.tile[0] or size[1] < self.tile[1]:
+            raise UserError(f"model.tile: found images of {size[0]}x{size[1]} pixels, expected at least {self.tile}")
+        return True
 
     def exportable(self) -> tuple[nn.Module, Tensor, list[str], dict[str, Any]]:
         """What `penstock export` writes: a module of RGB images in [0, 1], an example, and names of what it gives.

@@ -13,6 +13,8 @@ from penstock.lightning_modules.cli.teacher import find_or_train, known
 from penstock.lightning_modules.errors import UserError
 
 PARTS = ("model", "data", "trainer")
+IMAGES = "images"
+PICTURES = "penstock.datamodules.picture_folder.PictureFolder"
 
 
 def run_of_checkpoint(path: str) -> Path | None:
@@ -29,6 +31,9 @@ def _as_flags(words: list[str]) -> list[str]:
     flags = []
     for word in words:
         key, equals, value = word.lstrip("+").partition("=")
+        if key == IMAGES:
+            flags[:0] = [f"--data={PICTURES}", f"--data.data_dir={value}", "--data.image_size=null"]
+            continue
         flags.append(word if word.startswith("-") or not equals else f"--{SUGAR.get(key, key)}={value}")
     return flags
 
@@ -45,6 +50,13 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
     if ckpt and ckpt not in ("last", "best", "null"):
         check_file(ckpt)
     dialect = any(w.startswith("-") for w in words)
+    images = _value(words, IMAGES)
+    if images is not None and (verb != "predict" or not ckpt or any(w.startswith("experiment=") for w in words)):
+        raise UserError(
+            f"{IMAGES}={images}: expected penstock predict ckpt_path=FILE {IMAGES}=FOLDER, and no experiment"
+        )
+    if images is not None and not Path(images).expanduser().is_dir():
+        raise UserError(f"{IMAGES}={images}: no such folder; expected one with pictures in it")
     if ckpt and not dialect and not any(w.partition("=")[0] in ("experiment", "model", "data") for w in words):
         saved = run_of_checkpoint(ckpt)
         if saved is None:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.cli import main
@@ -11,7 +13,7 @@ from penstock.lightning_modules.fastflow import FastFlow
 from penstock.lightning_modules.feature_cache import FeatureCache
 from penstock.lightning_modules.nets.backbone import Backbone
 from penstock.lightning_modules.nets.fastflow import FastFlowNet
-from tests.anomaly_trees import mvtec
+from tests.anomaly_trees import mvtec, picture, save
 
 TINY = [
     "experiment=fastflow_magnetic_tile",
@@ -180,3 +182,48 @@ def test_models_without_an_export_say_so(tmp_path, capsys):
     assert main(["export", "ckpt_path=nowhere.ckpt"]) == 2
     assert main(["export", "ckpt_path=pyproject.toml", "format=onxx"]) == 2
     assert "did you mean 'onnx'?" in capsys.readouterr().err
+
+
+def predicted(run, tmp_path, *words):
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    return main(["predict", f"ckpt_path={checkpoint}", f"run_dir={tmp_path / 'p'}", *words])
+
+
+def test_predictions_of_a_folder(run, tree, tmp_path):
+    for name, seed, mode in (("b.png", 1, "RGB"), ("in/c.jpg", 2, "RGB"), ("a.png", 3, "L")):
+        save(picture(seed, (90, 61), mode), tmp_path / "new" / name)
+    (tmp_path / "new" / "notes.txt").write_text("not a picture")
+    assert predicted(run, tmp_path, f"images={tmp_path / 'new'}", "data.batch_size=2") == 0
+    out = tmp_path / "p" / "predictions"
+    found = json.loads((out / "scores.json").read_text())["images"]
+    assert [row["file"] for row in found] == ["a.png", "b.png", "in/c.jpg"]
+    assert Image.open(out / "heat" / "in" / "c.png").size == (64, 64)
+    model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    image = Image.open(tmp_path / "new" / "b.png").resize((64, 64), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        assert found[1]["score"] == pytest.approx(float(model(pixels)[0]), abs=1e-5)
+
+
+def test_predictions_in_tiles_of_pictures_as_they_are(run, tmp_path):
+    save(picture(1, (150, 80)), tmp_path / "new" / "wide.png")
+    save(picture(2, (64, 64)), tmp_path / "new" / "square.png")
+    assert predicted(run, tmp_path, f"images={tmp_path / 'new'}", "model.tile=64") == 0
+    assert Image.open(tmp_path / "p" / "predictions" / "heat" / "wide.png").size == (150, 80)
+
+
+def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "cut.png").write_bytes(b"\x89PNG\r\n")
+    save(picture(2, (30, 30)), tmp_path / "small" / "small.png")
+    for folder, words, message in (
+        ("none", [], "none: no such folder"),
+        ("empty", [], "empty: no pictures"),
+        ("bad", [], "cut.png: cannot read the image"),
+        ("small", ["model.tile=64"], "found images of 30x30 pixels, expected at least (64, 64)"),
+    ):
+        assert predicted(run, tmp_path, f"images={tmp_path / folder}", *words) == 2
+        assert message in capsys.readouterr().err
+    assert main(["test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"images={tmp_path}"]) == 2
+    assert "expected penstock predict ckpt_path=FILE images=FOLDER" in capsys.readouterr().err
