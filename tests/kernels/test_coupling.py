@@ -364,6 +364,10 @@ def kernel_against_reference(device: str) -> None:
     agree((u, a.contiguous(memory_format=torch.channels_last), *rest), "tanh", single[1])
     u, a, g, offset, perm = given(2, 6, 4, 4, dtype=torch.float32, device=device)
     agree((u, a.bfloat16(), g, offset, perm), "tanh", 2**-7)
+    with dispatch.backend("triton"):
+        graded = results(decouple, (u, a, g, offset, perm))
+    for ours, theirs in zip(graded, results(inverse_reference, (u, a, g, offset, perm))):
+        torch.testing.assert_close(ours, theirs)
     far = torch.tensor([1e4, -1e4, 0.0, 1.0], device=device).view(1, 4, 1, 1).expand(2, 4, 4, 4)
     with dispatch.backend("triton"):
         out, logdet = coupling._couple(u[:, :4], far, g[:4], offset[:4], torch.arange(4, device=device), 2.0, "tanh")
