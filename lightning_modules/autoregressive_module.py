@@ -62,6 +62,12 @@ class AutoregressiveModule(LightningModule):
     default_steps = 32
     net: AutoregressiveFlow
 
+    @property
+    def calls_vary(self) -> bool:
+        """Whether `nfe` depends on the weights and the noise, and not on `steps` alone: it does but token by token."""
+        every = [self.inverse, *(self.shallow if isinstance(self.shallow, list) else [self.shallow or self.inverse])]
+        return not all(isinstance(one, Sequential) for one in every)
+
     def __init__(
         self,
         net: AutoregressiveFlow,
@@ -116,6 +122,7 @@ class AutoregressiveModule(LightningModule):
         if self.prompted is None:
             check_data(self.net, self.num_classes, data, in_sequence=True)
         else:
+            self.prompted.fits_text(self.net)
             self._know_null_text()
             self.prompted.fits(self.net, data)
 
@@ -125,6 +132,8 @@ class AutoregressiveModule(LightningModule):
 
     def precheck(self, data: Any) -> None:
         """Called before `data` is prepared: refuses early what `setup` would refuse later."""
+        if self.prompted is not None:
+            self.prompted.fits_text(self.net)
         start_from_initial(self)
 
     def setup(self, stage: str) -> None:
@@ -271,7 +280,15 @@ class AutoregressiveModule(LightningModule):
     def inverted(
         self, z: Tensor, steps: int | None, cond: Tensor | None, guidance: float | None, **more: Any
     ) -> Tensor:
-        """Noise `(B, ...)` through all blocks to noisy data; `more` goes to the network's `decode`."""
+        """Noise `(B, ...)` through all blocks to noisy data; `more` goes to the network's `decode`.
+
+        Raises:
+            UserError: a negative weight of guidance.
+        """
+        if guidance is not None and guidance < 0:
+            raise UserError(f"guidance={guidance:g}: expected 0 or more")
+        if self.told is not None:
+            self.told(0, 0)
         guide = self.guidance
         if guidance is not None:
             guide = replace(guide or ScoreGuidance(0.0), weight=guidance) if guidance else None

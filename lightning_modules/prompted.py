@@ -29,6 +29,15 @@ class Prompted:
         self._numbered: Tensor | None = None
         self._null: Tensor | None = None
 
+    def fits_text(self, net: nn.Module) -> None:
+        """Refuses a network for features of another size, where it tells the size.
+
+        Raises:
+            UserError: the key of the model, what was found and what is expected.
+        """
+        if (found := getattr(net, "text_dim", self.text.dim)) != self.text.dim:
+            raise UserError(f"model.net.text_dim: found {found}, expected {self.text.dim}, that of model.text")
+
     def fits(self, net: nn.Module, data: Any) -> None:
         """Refuses data that the autoencoder does not bring to the network's shape, and features of another size.
 
@@ -43,10 +52,8 @@ class Prompted:
         else:
             latent = self.autoencoder.latent_shape(shape) if len(shape) in (3, 4) else shape
         if (expected := after_sources(data, latent)) != tuple(net.shape):
-            raise UserError(
-                f"model.net.shape: found {tuple(net.shape)}, expected {expected}, what model.autoencoder makes of "
-                f"the data's {shape}{twice(data)}"
-            )
+            made = f"what model.autoencoder makes of the data's {shape}" if latent != shape else "the data's shape"
+            raise UserError(f"model.net.shape: found {tuple(net.shape)}, expected {expected}, {made}{twice(data)}")
         try:
             net.drop_condition(self.text([""]), torch.tensor([False]))
         except ValueError as error:

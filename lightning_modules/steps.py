@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 K_MAX = 100
+CALLS = "network_calls"  # metric beside those named by steps, where the calls are not known from the steps
 
 
 @dataclass(frozen=True)

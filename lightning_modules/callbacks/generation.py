@@ -19,7 +19,7 @@ from torch import Tensor
 from penstock.lightning_modules.callbacks.features import FeatureExtractor
 from penstock.lightning_modules.callbacks.ranks import broadcast, largest, rank_and_world
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.steps import parse_steps
+from penstock.lightning_modules.steps import CALLS, parse_steps
 
 CHUNK = 250
 
@@ -240,7 +240,9 @@ class GenerationMetrics(EvaluationCallback):
     """Draws class-balanced samples once for each number of steps and lets every metric score the same samples.
 
     Logs `<metric>/<nfe>`, nfe being the network calls per sample that the module reports, and `<metric>/bellman-<nfe>`
-    where the module looked for the best steps. The values are the same for any number of ranks.
+    where the module looked for the best steps. Where the calls depend on the weights and the noise (`calls_vary`), it
+    is `<metric>/<steps>`, with `network_calls/<steps>` beside it: names stay the same from validation to validation.
+    The values are the same for any number of ranks.
     """
 
     def __init__(
@@ -318,7 +320,10 @@ class GenerationMetrics(EvaluationCallback):
                 nfe = max(nfe, samples.nfe)
                 for metric in self.metrics:
                     metric.update(samples)
-            nfe = f"{'' if isinstance(parse_steps(steps), int) else 'bellman-'}{largest(nfe)}"
+            nfe = largest(nfe)
+            if getattr(pl_module, "calls_vary", False):
+                values[f"{CALLS}/{steps}"], nfe = float(nfe), steps
+            nfe = f"{'' if isinstance(parse_steps(steps), int) else 'bellman-'}{nfe}"
             for metric in self.metrics:
                 for name, value in broadcast(metric.compute(trainer)).items():
                     if f"{name}/{nfe}" in values:

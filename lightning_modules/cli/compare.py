@@ -11,6 +11,7 @@ import yaml
 
 from penstock.lightning_modules.cli.out import check_no_file, made, together
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.steps import CALLS
 
 WANDB_KEYS = ("logger.wandb.project", "logger.wandb.entity", "logger.wandb.mode")
 MODES = ("auto", "online", "offline", "disabled")
@@ -172,13 +173,14 @@ def calls(run: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """Metrics that a run has for several numbers of network calls: name -> [(calls, value)], `fd_pixels/4` and so on.
 
     `fd_pixels/bellman-4` belongs to a line of its own, `fd_pixels (bellman)`. Values that are not finite (text in the
-    file) are left out.
+    file) are left out. Where `network_calls/64` says what 64 steps took, that is the number of calls.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for key, value in run["metrics"].items():
         match = re.fullmatch(r"(.+)/(bellman-)?(\d+)", key)
-        if match and not isinstance(value, str):
-            lines.setdefault(match[1] + (" (bellman)" if match[2] else ""), []).append((int(match[3]), value))
+        if match and match[1] != CALLS and not isinstance(value, str):
+            taken = match[3] if match[2] else run["metrics"].get(f"{CALLS}/{match[3]}", match[3])
+            lines.setdefault(match[1] + (" (bellman)" if match[2] else ""), []).append((int(taken), value))
     return {name: sorted(points) for name, points in lines.items()}
 
 

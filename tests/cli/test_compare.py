@@ -23,6 +23,11 @@ def test_calls_are_sorted_and_searched_steps_stand_apart():
     assert calls({"metrics": metrics}) == {"fd_pixels": [(1, 5.0), (20, 0.2)], "fd_pixels (bellman)": [(4, 0.5)]}
 
 
+def test_calls_that_steps_do_not_tell_are_read_from_beside_them():
+    metrics = {"fd_pixels/64": 0.2, "fd_pixels/8": 5.0, "network_calls/64": 347.0, "network_calls/8": 61.0}
+    assert calls({"metrics": metrics}) == {"fd_pixels": [(61, 5.0), (347, 0.2)]}
+
+
 def test_a_figure_of_all_runs(tmp_path, capsys):
     a = run(tmp_path / "a", **{"fd_pixels/1": 5.0, "fd_pixels/4": 0.6, "fd_pixels/bellman-4": 0.5})
     b = run(tmp_path / "b", **{"fd_pixels/1": 0.3, "fd_pixels/4": 0.2, "label_accuracy/1": 0.0})

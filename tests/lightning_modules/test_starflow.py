@@ -52,6 +52,14 @@ def draws(n=4):
     return Draws(0, 0, torch.arange(n))
 
 
+def test_calls_vary_where_a_block_is_swept():
+    assert not images().calls_vary
+    assert not images(shallow=[Sequential(), Sequential()]).calls_vary
+    assert images(inverse=None).calls_vary
+    assert images(shallow=Jacobi()).calls_vary
+    assert images(shallow=[Sequential(), Jacobi()]).calls_vary
+
+
 def test_density_is_that_of_the_change_of_variables():
     flow, x = images().double(), batch()["image"].double()
     label = torch.tensor([2])

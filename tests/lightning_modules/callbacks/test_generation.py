@@ -103,6 +103,23 @@ def test_metrics_share_one_set_and_are_named_by_network_calls(fakes, tmp_path):
     assert float(trainer.callback_metrics["spy/constant"]) == 1.5
 
 
+def test_names_stay_the_same_where_calls_depend_on_the_samples(fakes, tmp_path):
+    module, data = fakes.digits_module_and_data()
+    took, sample = iter([347, 350, 301]), module.sample
+
+    def varying(n, **options):
+        made, module.nfe = sample(n, **options), next(took)
+        return made
+
+    module.sample, module.calls_vary = varying, True
+    callback = GenerationMetrics([Spy()], steps=[64], n=30)
+    trainer = fakes.quiet_trainer(tmp_path, [callback])
+    for expected in (347, 350, 301):
+        trainer.validate(module, datamodule=data, verbose=False)
+        assert set(trainer.callback_metrics) == {"mean/64", "network_calls/64", "spy/constant"}
+        assert float(trainer.callback_metrics["network_calls/64"]) == expected
+
+
 @pytest.mark.parametrize(("every", "expected"), [(0, 0), (1, 4), (2, 2), (3, 1)])
 def test_every_kth_validation_and_never_in_the_sanity_check(fakes, tmp_path, every, expected):
     module, data = fakes.digits_module_and_data()
