@@ -31,6 +31,12 @@ def tarflow(dim, blocks, depth, patch, channels, places, classes):
     return blocks * (size * dim + dim + depth * layer + dim * 2 * size + 2 * size + places * dim + classes * dim)
 
 
+def test_the_denoiser_of_the_recipe_sees_one_frame_ahead_and_shallow_blocks_are_exact():
+    config = compose(["experiment=starflow_v_480p"])[0]["model"]["init_args"]
+    assert config["denoiser"]["init_args"].get("sight", "first_layer") == "first_layer"
+    assert config["shallow"]["init_args"]["tolerance"] == 1e-6
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_of_the_recipes(name):
     flow, denoiser = COUNTS[name]
