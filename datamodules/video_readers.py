@@ -160,20 +160,23 @@ class FileReader:
         return int(np.ceil((seconds - TIE) * self.fps))
 
 
-def open_video(path: Place, *, frames_fps: float = 1.0, seek: Seek = "exact") -> Reader:
+def open_video(path: Place, *, frames_fps: float = 1.0, seek: Seek = "exact", what: str = "the video") -> Reader:
     """Opens a video file, a GIF, a still, or a folder of frames.
 
     Args:
         path: told apart by its ending; a folder holds the frames of one video. A member of a tar shard is read whole.
         frames_fps: rate of a folder of frames.
         seek: how `FileReader` finds frames.
+        what: what errors call it.
 
     Raises:
-        UserError: it cannot be read; the file is named.
+        UserError: it cannot be read, or is a folder without pictures; it is named.
     """
-    with readable(path, "the video"):
+    with readable(path, what):
         if isinstance(path, Path) and path.is_dir():
-            return PictureReader(frame_files(path), frames_fps)
+            if not (files := frame_files(path)):
+                raise UserError(f"{path}: no pictures in it; expected frames, {' '.join(FRAME_SUFFIXES)}")
+            return PictureReader(files, frames_fps)
         if path.suffix.lower() in FRAME_SUFFIXES:
             return PictureReader([path], frames_fps)
         return GifReader(path) if path.suffix.lower() == ".gif" else FileReader(path, seek)

@@ -83,4 +83,5 @@ def model_from_checkpoint(
     config["model"]["init_args"] = change(config["model"]["init_args"]) | init_args
     (model,) = build(config, "model")
     load_weights(model, checkpoint, f"checkpoint '{path}'")
+    model.on_load_checkpoint(checkpoint)
     return model.eval()

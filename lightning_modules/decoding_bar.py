@@ -12,6 +12,8 @@ from tqdm import tqdm
 def decoding_bar(model: Any, n: int, frames: int | None = None) -> Iterator[None]:
     """Shows how far `model.sample` is while the block runs; for a model that is decoded so, else nothing.
 
+    It appears when decoding begins: what is refused before is all that is seen.
+
     Args:
         model: Any generative module; an `AutoregressiveModule` tells its progress.
         n: Samples, in all calls of `sample` together.
@@ -20,9 +22,31 @@ def decoding_bar(model: Any, n: int, frames: int | None = None) -> Iterator[None
     if not hasattr(model, "told"):
         yield
         return
+    bar: tqdm | None = None
+
+    def told(tokens: int, sweeps: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _bar(n * model.net.tokens_of_a_sample(frames))
+        if tokens:
+            bar.set_postfix(sweeps=sweeps, refresh=False)
+            bar.update(tokens)
+
+    model.told = told
+    try:
+        yield
+        if bar is not None:
+            bar.total = bar.n
+    finally:
+        model.told = None
+        if bar is not None:
+            bar.close()
+
+
+def _bar(total: int) -> tqdm:
     terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=n * model.net.tokens_of_a_sample(frames),
+    return tqdm(
+        total=total,
         desc="sample",
         unit="token",
         unit_scale=True,
@@ -32,15 +56,3 @@ def decoding_bar(model: Any, n: int, frames: int | None = None) -> Iterator[None
         maxinterval=10.0 if terminal else 15.0,
         file=sys.stderr,
     )
-
-    def told(tokens: int, sweeps: int) -> None:
-        bar.set_postfix(sweeps=sweeps, refresh=False)
-        bar.update(tokens)
-
-    model.told = told
-    try:
-        yield
-        bar.total = bar.n
-    finally:
-        model.told = None
-        bar.close()

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,6 +66,9 @@ class STARFlowV(AutoregressiveModule):
         autoencoder: With `text`, clips to the flow's space and back; None is pixel space.
         prompts: With `text`, prompts by number, for samples that ask for a class.
 
+    Attributes:
+        sourced: Whether it was trained on clips that follow another; None where that is not known.
+
     Raises:
         ValueError: an option out of its range.
     """
@@ -107,6 +111,7 @@ class STARFlowV(AutoregressiveModule):
         self.context = context or max(1, 3 * self.window // 4)
         if not 0 < self.context < self.window:
             raise ValueError(f"context={context}: expected 1 to {self.window - 1} frames, less than the window")
+        self.sourced: bool | None = None
         self.autoencoder = Identity() if self.prompted is None else self.prompted.autoencoder
         self._text, self._prompters = text, {}
         self.matching = ScoreMatching(noise**2 / UNIT)
@@ -118,6 +123,24 @@ class STARFlowV(AutoregressiveModule):
             UserError: the key of the model, what was found and what is expected.
         """
         super().fits(data)
+        self._denoiser_fits()
+
+    def precheck(self, data: Any) -> None:
+        super().precheck(data)
+        self._denoiser_fits()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.sourced = bool(getattr(self.trainer.datamodule, "sourced", False))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["sourced"] = self.sourced
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.sourced = checkpoint.get("sourced")
+
+    def _denoiser_fits(self) -> None:
         if self.denoiser is None:
             return
         channels, patch = self.net.shape[1], self.net.patch
@@ -310,7 +333,15 @@ class STARFlowV(AutoregressiveModule):
         Raises:
             UserError: files that exclude each other, no frame left to make, or a file that cannot be read.
         """
+        if frames is not None and frames < 1:
+            raise UserError(f"frames={frames}: expected a whole number of 1 or more")
         request, frames = Request(image, video, last, source, given, fps), frames or self.net.shape[0]
+        if last is not None and not self.last_frame:
+            rank_zero_warn(f"last={last}: the model has model.last_frame=0, so it never learnt to end with a picture")
+        if isinstance(source, str) and self.sourced is False:
+            rank_zero_warn(
+                f"source={source}: its data had no sources, so the model never learnt to follow another clip"
+            )
         begun, known = request.known(self.pixels, self.autoencoder, self.device, frames), None
         number = 0 if begun is None else begun.shape[1]
         request.check(number, frames, self.window)

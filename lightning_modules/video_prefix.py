@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from penstock.datamodules.video_clips import fitted
-from penstock.datamodules.video_readers import open_video, readable
+from penstock.datamodules.video_readers import FRAME_SUFFIXES, open_video, readable
+from penstock.datamodules.video_sources import VIDEO_SUFFIXES
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.autoencoder import Autoencoder
 from penstock.lightning_modules.nets.prompt_template import Tag
@@ -76,6 +78,11 @@ class Request:
         if given >= min(frames, window):
             key, file = max(named.items(), key=lambda item: item[0] in ("video", "source"))
             most = min(frames, window) - 1
+            if frames <= given and key != "video":
+                raise UserError(
+                    f"frames={frames}: {' and '.join(f'{k}={_shown(f)}' for k, f in named.items())} leaves none to "
+                    f"make; expected {given + 1} or more"
+                )
             cut = "; given=N takes the first N frames of the file" if key == "video" else ""
             raise UserError(f"{key}={_shown(file)}: {given} frames, expected at most {most} before the new ones{cut}")
 
@@ -95,12 +102,30 @@ class Request:
         Raises:
             UserError: a file that cannot be read or is too short; it is named.
         """
-        half = max(1, (frames // 2 - 1) * autoencoder.frame_factor + 1)
+        factor = autoencoder.frame_factor
+        half = max(1, (frames // 2 - 1) * factor + 1)
         if isinstance(self.source, Tensor):
             return autoencoder.encode(self.source.to(device))
+        if self.given is not None and (over := (self.given - 1) % factor):
+            fewer = self.given - over
+            raise UserError(
+                f"given={self.given}: expected 1 more than a multiple of {factor}, as model.autoencoder takes frames "
+                f"(did you mean {fewer} or {fewer + factor}?)"
+            )
         files = [(self.last, 1), (self.image, 1), (self.video, self.given), (self.source, half)]
-        parts = [read_clip(Path(file), pixels, number, self.fps) for file, number in files if file is not None]
-        return torch.cat([autoencoder.encode(part[None].to(device)) for part in parts], 1) if parts else None
+        parts = []
+        for file, number in files:
+            if file is not None:
+                what = "the picture" if file in (self.last, self.image) else "the video"
+                clip = read_clip(Path(file), pixels, number, self.fps, what)
+                if over := (len(clip) - 1) % factor:
+                    clip = clip[:-over]
+                    rank_zero_warn(
+                        f"{file}: the last {over} of {len(clip) + over} frames are left out; model.autoencoder takes 1 "
+                        f"more than a multiple of {factor}"
+                    )
+                parts.append(autoencoder.encode(clip[None].to(device)))
+        return torch.cat(parts, 1) if parts else None
 
     def shown(self, x: Tensor, known: int, autoencoder: Autoencoder) -> Tensor:
         """Clips that are seen `(B, T, C, H, W)` of those in the flow's space, whose first `known` frames were given."""
@@ -115,7 +140,13 @@ def _shown(file: str | Tensor) -> str:
     return "the data's clips" if isinstance(file, Tensor) else file
 
 
-def read_clip(path: Path, pixels: tuple[int, int, int], number: int | None = None, fps: float | None = None) -> Tensor:
+def read_clip(
+    path: Path,
+    pixels: tuple[int, int, int],
+    number: int | None = None,
+    fps: float | None = None,
+    what: str = "the video",
+) -> Tensor:
     """The frames of a file or folder `(T, C, H, W)` in [-1, 1], cropped and resized.
 
     Args:
@@ -123,21 +154,25 @@ def read_clip(path: Path, pixels: tuple[int, int, int], number: int | None = Non
         pixels: `(C, H, W)` of a frame.
         number: The first so many frames; None is all.
         fps: Rate at which they are taken; None is the file's own frames.
+        what: What errors call it.
 
     Raises:
-        UserError: it is absent, cannot be read, or has fewer frames.
+        UserError: it is absent, of no known kind, cannot be read, or has fewer frames.
     """
     path = path.expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a picture, a video or a folder of frames")
-    reader = open_video(path, frames_fps=fps or 1.0)
+    kinds = (*FRAME_SUFFIXES, *VIDEO_SUFFIXES)
+    if not path.is_dir() and path.suffix.lower() not in kinds:
+        raise UserError(f"{path}: found '{path.suffix}', expected one of {' '.join(kinds)}, or a folder of frames")
+    reader = open_video(path, frames_fps=fps or 1.0, what=what)
     channels, height, width = pixels
     count = reader.count if fps is None else math.ceil(reader.seconds * fps - 1e-3)
     if number is not None and count < number:
         rate = "" if fps is None else f" at {fps:g} fps"
         raise UserError(f"{path}: found {count} frames{rate}, expected at least {number}")
     rows = np.arange(count if number is None else number)
-    with readable(path, "the video"):
+    with readable(path, what):
         frames = reader.frames(rows) if fps is None else reader.near(rows / fps)
     frames = fitted(frames.float() / 127.5 - 1, height, width).clamp(-1, 1)
     return frames.mean(1, keepdim=True) if channels == 1 else frames

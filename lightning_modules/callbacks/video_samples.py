@@ -1,5 +1,6 @@
 """Grids of sample clips as moving pictures: a GIF always, an MP4 where torchcodec (extra `video`) can write one."""
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -51,6 +52,12 @@ def keep_clips(trainer: pl.Trainer, samples: Tensor, cols: int, name: str, tag: 
             logger.log_video(tag, [str(path)], step=trainer.global_step)
 
 
+def reason(error: Exception) -> str:
+    """The first sentence of what torchcodec says, without places in its files and without FFmpeg's own advice."""
+    text = re.sub(r"\S*/\S+(:\d+)?:? ?", "", " ".join(str(error).split()))
+    return re.split(r"(?<=\w)[.:] ", text)[0].rstrip(".: ") or type(error).__name__
+
+
 def _encoded(frames: Tensor, path: Path, fps: float) -> bool:
     """Whether torchcodec is there and wrote frames `(T, 3, H, W)` of 8 bits and even sides."""
     try:
@@ -61,7 +68,6 @@ def _encoded(frames: Tensor, path: Path, fps: float) -> bool:
         VideoEncoder(frames.contiguous(), frame_rate=fps).to_file(str(path), pixel_format="yuv420p")
     except RuntimeError as error:
         path.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:120]
-        rank_zero_warn(f"{path.name} is not written, the GIF beside it is: torchcodec cannot encode ({reason})")
+        rank_zero_warn(f"{path.name} is not written, the GIF beside it is: torchcodec cannot encode ({reason(error)})")
         return False
     return True

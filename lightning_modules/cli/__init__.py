@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
+PRINTS = ("list", "compare", "help", "-h", "--help", "--version")
 HELP = """\
 usage: penstock VERB [word=value ...]      plain words: composed from conf/, any key, typed
        penstock VERB [--flag=value ...]    plain LightningCLI, e.g. --config runs/.../config.yaml
@@ -94,8 +95,16 @@ def _rank() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns the exit code (0 fine, 2 bad input, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough, as in `penstock list | head -1`
+        if argv and argv[0] not in PRINTS and "--print" not in argv:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         if os.environ.get("PENSTOCK_TRACEBACK"):
             traceback.print_exc()

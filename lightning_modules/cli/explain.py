@@ -26,6 +26,8 @@ def explain(error: BaseException) -> str:
 def first_complaint(error: BaseException) -> str:
     """What a class said when it refused to be built, out of what jsonargparse wraps around it."""
     text = " ".join(str(error).split())
+    while inner := re.search(r"Errors: - (Does not validate against any .*)", text):
+        text = inner[1]
     found = re.search(r"Errors: - (.+?)(?= - (?:Not a valid|Expected|Does not|Problem with)| Given value|$)", text)
     return found.group(1) if found else text
 
@@ -89,6 +91,19 @@ def _required(match: re.Match, classes: list[str], text: str, place: str) -> str
     return f"'{match.group(1)}' is required" + (f" by {classes[-1].rpartition('.')[2]}" if classes else "")
 
 
+def _protocol(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    module = match.group(1).rpartition(".")[0]
+    protocol, room = _lookup(match.group(1)), vars(importlib.import_module(module))
+    asked = {key for key in vars(protocol) if key == "__call__" or not key.startswith("_")}
+    classes = [c for c in room.values() if inspect.isclass(c) and c.__module__ == module and c is not protocol]
+    known = [f"{module}.{c.__name__}" for c in classes if asked <= vars(c).keys()]
+    found = re.search(r"Given value: (.*?)(?= - Expected| - Not a valid|$)", text[match.start() :])
+    return (
+        f"no class_path, found only {found[1] if found else '?'}; expected {place}.class_path={' or '.join(known)} and "
+        "its arguments beside it"
+    )
+
+
 def _wrong_type(match: re.Match, classes: list[str], text: str, place: str) -> str:
     rest = text[match.start() :]
     found = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value:| - Expected| - Not a valid|$)", rest)
@@ -110,5 +125,6 @@ _COMPLAINTS = (
     (r"No module named '([^']+)'", _no_module),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)", _no_subclass),
     (r"following arguments are required: (\S+)", _required),
+    (r"Expected an instantiatable class, but (\S+) is a protocol", _protocol),
     (r"Expected an? ", _wrong_type),
 )

@@ -4,7 +4,11 @@ import inspect
 import json
 import math
 import re
+import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -45,6 +49,17 @@ def at_aspect(aspect: str, init_args: dict[str, Any]) -> dict[str, Any]:
     if (told := text.get("init_args", {})).get("aspect"):
         found["text"] = text | {"init_args": told | {"aspect": aspect}}
     return found
+
+
+@contextmanager
+def told_afterwards() -> Iterator[None]:
+    """Keeps warnings until the block is over, when no bar stands in their way; each is told once, as one line."""
+    with warnings.catch_warnings(record=True) as heard:
+        try:
+            yield
+        finally:
+            for line in dict.fromkeys(" ".join(str(one.message).split()) for one in heard):
+                print(f"penstock: warning: {line}", file=sys.stderr)
 
 
 def run_sample(words: list[str]) -> int:
@@ -107,7 +122,7 @@ def run_sample(words: list[str]) -> int:
     called = [f"sample_{steps}_steps", *([solver] if solver else []), *([Path(inverse).stem] if inverse else [])]
     called += [f"{key}_{given[key]}" for key in ("aspect", *extra, "labels", "seed") if key in given]
     out = Path(options.get("out") or (run or Path(".")) / "samples" / re.sub(r"[^-.\w]", "_", "_".join(called)))
-    with made("sample", out):
+    with made("sample", out), told_afterwards():
         if isinstance(asked, Bellman):
             sampling_grid(model, asked, extra.get("guidance"), folder_of(path))
         parts, start = [], time.perf_counter()
@@ -131,7 +146,7 @@ def run_sample(words: list[str]) -> int:
             write_samples(torch.cat(parts), cond, folder)
             (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     each = f"{model.nfe} network calls each, {1e3 * seconds / options['n']:.3g} ms a sample on {device}"
-    print(f"{options['n']} samples, {each}")
+    print(f"{options['n']} sample{'' if options['n'] == 1 else 's'}, {each}")
     print(f"written: {out}")
     return 0
 

@@ -40,7 +40,7 @@ class ScoreGuidance:
 
     def __post_init__(self):
         if self.weight < 0:
-            raise ValueError(f"guidance {self.weight}: expected 0 or more")
+            raise ValueError(f"guidance: weight={self.weight}, expected 0 or more")
 
     def __call__(
         self, mu_c: Tensor, sigma_c: Tensor, mu_u: Tensor, sigma_u: Tensor, place: Tensor
@@ -71,7 +71,7 @@ class LinearGuidance:
 
     def __post_init__(self):
         if self.weight < 0:
-            raise ValueError(f"guidance {self.weight}: expected 0 or more")
+            raise ValueError(f"guidance: weight={self.weight}, expected 0 or more")
 
     def __call__(
         self, mu_c: Tensor, sigma_c: Tensor, mu_u: Tensor, sigma_u: Tensor, place: Tensor

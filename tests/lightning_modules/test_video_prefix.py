@@ -130,7 +130,11 @@ def test_a_network_of_pairs_has_twice_the_frames_of_the_data(text):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ({"image": "white", "frames": 1}, r"image=.*white\.png: 1 frames, expected at most 0"),
+        ({"image": "white", "frames": 1}, r"frames=1: image=.*white\.png leaves none to make; expected 2 or more"),
+        ({"image": "white", "last": "white", "frames": 2}, r"frames=2: image=.* and last=.* leaves none .* 3 or more"),
+        ({"frames": 0}, "frames=0: expected a whole number of 1 or more"),
+        ({"frames": -3}, "frames=-3: expected a whole number of 1 or more"),
+        ({"guidance": -1.0}, "guidance=-1: expected 0 or more"),
         ({"video": "clip", "frames": 3}, "video=.*clip: 3 frames, expected at most 2 .*; given=N takes the first N"),
         ({"video": "clip", "given": 0}, "given=0: expected a number of frames of video=FILE, at least 1"),
         ({"image": "white", "given": 1}, "given=1: expected a number of frames of video=FILE"),
@@ -159,6 +163,54 @@ def test_the_frame_that_leads_is_encoded_on_its_own():
     found = last_frame_first(video, Every(), 4, torch.tensor([7.0, 8, 9]).reshape(1, 3, 1, 1, 1))
     assert seen == [([5.0], [7.0]), ([0.0, 1, 2, 3, 4], [8.0, 9])]
     assert found.flatten().tolist() == [5, 0, 4]
+
+
+class Fours(Identity):
+    """Frames in fours after the first."""
+
+    frame_factor = 4
+
+    def encode(self, image, noise=None):
+        return image[:, ::4]
+
+    def decode(self, latent):
+        return latent.repeat_interleave(4, 1)[:, 3:]
+
+
+def test_frames_that_an_autoencoder_drops_are_refused_or_told(tmp_path):
+    for n in range(10):
+        Image.new("L", (SIDE, SIDE), 20 * n).save(tmp_path / f"{n}.png")
+    flow = model()
+    flow.autoencoder = Fours()
+    with pytest.raises(UserError, match=r"given=6: expected 1 more than a multiple of 4, .*did you mean 5 or 9\?"):
+        sampled(flow, video=str(tmp_path), given=6)
+    with pytest.warns(UserWarning, match="the last 1 of 10 frames are left out; model.autoencoder takes 1 more than"):
+        whole = sampled(flow, video=str(tmp_path))
+    assert torch.equal(whole, sampled(flow, video=str(tmp_path), given=9))
+    assert whole.shape[1] == 13
+    assert sampled(flow, last=str(tmp_path / "0.png")).shape[1] == 10
+
+
+def test_a_bar_appears_when_decoding_begins(files, capfd):
+    flow = model()
+    with pytest.raises(UserError), decoding_bar(flow, 2, -3):
+        sampled(flow, frames=-3)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("sourced", "told"), [(None, 0), (True, 0), (False, 1)])
+def test_a_source_for_a_model_that_never_saw_one_is_told(sourced, told, files, recwarn):
+    flow = model()
+    flow.sourced = sourced
+    sampled(flow, source=files["clip"])
+    sampled(flow, source=torch.stack([grey(0), grey(40)]).expand(2, -1, -1, -1, -1))
+    assert sum("its data had no sources" in str(one.message) for one in recwarn) == told
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, 1), (0.2, 0)])
+def test_a_last_frame_for_a_model_that_never_saw_one_is_told(share, told, files, recwarn):
+    sampled(model(last_frame=share), last=files["white"])
+    assert sum("model.last_frame=0" in str(one.message) for one in recwarn) == told
 
 
 def test_reads_colours_as_the_model_has_them(files):

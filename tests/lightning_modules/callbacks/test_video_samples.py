@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from penstock.lightning_modules.callbacks.predictions import Predictions
 from penstock.lightning_modules.callbacks.samples import SampleGrid
-from penstock.lightning_modules.callbacks.video_samples import save_clips
+from penstock.lightning_modules.callbacks.video_samples import reason, save_clips
 from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.errors import UserError
 
@@ -103,6 +103,16 @@ def test_an_mp4_where_torchcodec_can_write_one(tmp_path, monkeypatch):
     assert seen == [((4, 3, 68, 134), torch.uint8, 5)]
     with pytest.warns(match=r"b\.mp4 is not written, the GIF beside it is: .*no encoder"):
         assert save_clips(moving(2), 2, tmp_path / "b") == tmp_path / "b.gif"
+
+
+def test_what_torchcodec_says_is_told_in_one_sentence():
+    long = RuntimeError("Could not load libtorchcodec. Likely causes:\n 1. FFmpeg is not properly installed")
+    assert reason(long) == "Could not load libtorchcodec"
+    assert (
+        reason(RuntimeError("/a/b.so: cannot open shared object file: No such file"))
+        == "cannot open shared object file"
+    )
+    assert reason(RuntimeError("")) == "RuntimeError"
 
 
 def test_a_real_mp4_is_read_back(tmp_path):

@@ -84,7 +84,7 @@ def test_annealed_guidance_grows_with_the_place():
 
 @pytest.mark.parametrize("kind", [ScoreGuidance, LinearGuidance])
 def test_negative_weights(kind):
-    with pytest.raises(ValueError, match=r"guidance -0.5: expected 0 or more"):
+    with pytest.raises(ValueError, match=r"guidance: weight=-0.5, expected 0 or more"):
         kind(-0.5)
 
 
