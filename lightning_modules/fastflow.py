@@ -14,7 +14,13 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.feature_cache import FeatureCache
 from penstock.lightning_modules.flow.anomaly_map import anomaly_map, blurred, image_score
 from penstock.lightning_modules.flow.tiles import tiled
-from penstock.lightning_modules.nets.fastflow import Coded, FastFlowNet, negative_log_likelihood
+from penstock.lightning_modules.nets.fastflow import (
+    ChannelNorm,
+    Coded,
+    FastFlowNet,
+    moments_of,
+    negative_log_likelihood,
+)
 from penstock.lightning_modules.training import optimizers
 
 
@@ -67,7 +73,7 @@ class FastFlow(LightningModule):
         self.top, self.blur, self.overlap = top, blur, overlap
         self.tile = (tile, tile) if isinstance(tile, int) else tile
         self.calibration = Calibration()
-        self.cache = FeatureCache() if cache_features else None
+        self.cache, self.known = FeatureCache() if cache_features else None, False
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -91,6 +97,20 @@ class FastFlow(LightningModule):
         if self.cache is None or self.trainer.state.fn != TrainerFn.FITTING:
             return self.net.backbone(batch["image"])
         return self.cache(batch["index"], batch["image"], self.net.backbone, self.trainer.training and self.known)
+
+    def on_fit_start(self) -> None:
+        """Measures the training images where norms of channels are new; all ranks share the work."""
+        norms = [norm for norm in self.net.norms if isinstance(norm, ChannelNorm)]
+        if not norms or int(norms[0].count):
+            return
+        data = self.trainer.datamodule
+        moments = [torch.zeros(3, c, dtype=torch.float64, device=self.device) for c in self.net.backbone.channels]
+        for batch in data.reference_dataloader("train"):
+            batch = data.transfer_batch_to_device(batch, self.device, 0)
+            for total, y in zip(moments, self.maps_of(batch)):
+                total += moments_of(y)
+        for norm, total in zip(norms, moments):
+            norm.fit(sum_over_ranks(total))
 
     def on_train_epoch_start(self) -> None:
         self.known = self.cache is not None and self.cache.has(self.trainer.datamodule.numbers["train"])

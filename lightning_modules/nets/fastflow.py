@@ -14,6 +14,7 @@ from penstock.lightning_modules.nets.backbone import Backbone
 
 UNIT_GAIN = 2 * math.log(math.exp(5) - 1)  # the gain 0.1 softplus(., beta=0.5) of it is 1
 RatioBase = Literal["half", "full"]
+Norm = Literal["sample", "channel"]
 Coded = list[tuple[Tensor, Tensor]]
 
 
@@ -132,11 +133,47 @@ class SampleNorm(nn.Module):
         return F.layer_norm(y, y.shape[1:], self.weight, self.bias)
 
 
+class ChannelNorm(nn.Module):
+    """Takes the mean of each channel off and divides by its standard deviation, both of the training images.
+
+    Nothing of it trains, and how bright or strong the maps of a sample are is kept, which `SampleNorm` takes away.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        count: How many elements of a channel the moments are of; 0 until `fit`.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def fit(self, moments: Tensor) -> None:
+        """Takes the sums over training maps of 1, y and y^2, float64 `(3, C)`."""
+        count, total, square = moments
+        mean = total / count
+        self.mean.copy_(mean)
+        self.std.copy_((square / count - mean.square()).clamp(min=1e-12).sqrt())
+        self.count.copy_(count[0].long())
+
+    def forward(self, y: Tensor) -> Tensor:
+        return (y - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+
+def moments_of(y: Tensor) -> Tensor:
+    """Sums of 1, y and y^2 of maps `(B, C, H, W)` by channel, float64 `(3, C)`."""
+    rows = y.double().transpose(0, 1).flatten(1)
+    return torch.stack([torch.full_like(rows[:, 0], rows.shape[1]), rows.sum(1), rows.square().sum(1)])
+
+
 class FastFlowNet(nn.Module):
     """A frozen network, and a flow for each of its maps.
 
-    The affine part of the norm is outside of the flow: its Jacobian is not in the loss, which shrinking it lowers
-    without bound. Public code has it, and `norm_affine=false` is the stable choice.
+    The affine part of the samples' norm is outside of the flow: its Jacobian is not in the loss, which shrinking it
+    lowers without bound. Public code has it; without it, or with the norm of channels, there is a best loss.
 
     Args:
         backbone: Images to maps.
@@ -147,8 +184,9 @@ class FastFlowNet(nn.Module):
         hidden_ratio_base: See there.
         clamp: See there.
         form: See there.
-        norm: Whether each map of a sample is normalised; maps of transformers have their own norm.
-        norm_affine: Whether that norm has a trainable gain and offset of every element.
+        norm: Of each map: `sample` as in public code, see `SampleNorm`, or `channel`, see `ChannelNorm`; None is none,
+            for transformers that have their own.
+        norm_affine: Whether the norm of samples has a trainable gain and offset of every element.
     """
 
     def __init__(
@@ -161,16 +199,19 @@ class FastFlowNet(nn.Module):
         hidden_ratio_base: RatioBase = "half",
         clamp: float = 2.0,
         form: Form = "tanh",
-        norm: bool = True,
+        norm: Norm | None = "sample",
         norm_affine: bool = True,
     ):
         super().__init__()
         self.backbone = backbone
         self.image_size = size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        shapes: list = [None] * len(backbone.channels)
-        if norm and norm_affine:
-            shapes = [(c, *hw) for c, hw in zip(backbone.channels, backbone.sizes(size))]
-        self.norms = nn.ModuleList(SampleNorm(shape) for shape in shapes) if norm else None
+        if norm == "channel":
+            norms = [ChannelNorm(c) for c in backbone.channels]
+        elif norm == "sample" and norm_affine:
+            norms = [SampleNorm((c, *hw)) for c, hw in zip(backbone.channels, backbone.sizes(size))]
+        else:
+            norms = [SampleNorm() if norm else nn.Identity() for _ in backbone.channels]
+        self.norms = nn.ModuleList(norms)
         self.flows = nn.ModuleList(
             CouplingFlow(c, flow_steps, conv3x3_only, hidden_ratio, hidden_ratio_base, clamp, form)
             for c in backbone.channels
@@ -178,9 +219,7 @@ class FastFlowNet(nn.Module):
 
     def encode(self, maps: Sequence[Tensor]) -> Coded:
         """(noise `(B, C_l, H_l, W_l)`, log-determinant `(B,)`) of every feature map."""
-        if self.norms is not None:
-            maps = [norm(y) for norm, y in zip(self.norms, maps)]
-        return [flow(y) for flow, y in zip(self.flows, maps)]
+        return [flow(norm(y)) for flow, norm, y in zip(self.flows, self.norms, maps)]
 
     def forward(self, image: Tensor) -> Coded:
         """The same of images `(B, 3, H, W)` in [-1, 1]."""

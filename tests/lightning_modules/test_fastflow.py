@@ -227,3 +227,17 @@ def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"images={tmp_path}"]) == 2
     assert "expected penstock predict ckpt_path=FILE images=FOLDER" in capsys.readouterr().err
+
+
+def test_norms_of_channels_are_those_of_the_training_images(tree, tmp_path):
+    words = ["model.net.norm=channel", "trainer.max_epochs=1", "data.batch_size=3"]
+    folder = fit(tmp_path / "h", tree, *words)
+    model = model_from_checkpoint(folder / "checkpoints" / "last.ckpt")
+    files = sorted((tree / "bolt" / "train" / "good").iterdir())
+    images = [np.array(Image.open(f).resize((64, 64), Image.Resampling.BILINEAR)) for f in files]
+    with torch.no_grad():
+        maps = model.net.backbone(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1)
+    for norm, y in zip(model.net.norms, maps):
+        torch.testing.assert_close(norm.mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.std, y.std((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+        assert norm.count == y[:, 0].numel()
