@@ -15,6 +15,8 @@ from penstock.lightning_modules.cli import HELP, _run
 from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import groups
 from penstock.lightning_modules.cli.encode import OWN
+from penstock.lightning_modules.cli.export import OWN as EXPORT
+from penstock.lightning_modules.cli.given import check_keys, pieces
 from penstock.lightning_modules.cli.lab import Lab
 from penstock.lightning_modules.cli.verbs import _own_argv_hidden, plan
 from penstock.lightning_modules.errors import UserError
@@ -25,7 +27,7 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(penstock [^`]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 PROGRAM = re.compile(r"(?:^|[\s/])penstock(?:\.lightning_modules)? (?P<words>[a-z-].*)$")
-CHECKPOINT = re.compile(r"^ckpt_path=.*")
+CHECKPOINT, IMAGES = re.compile(r"^ckpt_path=.*"), re.compile(r"^images=.*")
 TINY = ["logger=csv", "callbacks=base", "callbacks.ema=null", "model.net.width=8", "model.net.blocks=1"]
 
 
@@ -88,6 +90,7 @@ def check(line):
     """Raises, or fails, where the line would be refused; runs nothing that trains."""
     verb, *words = shlex.split(line)
     words = [CHECKPOINT.sub("ckpt_path=run/checkpoints/last.ckpt", w) for w in words]
+    words = [IMAGES.sub("images=run", w) for w in words]
     words = ["run/config.yaml" if before == "--config" else w for before, w in zip(["", *words], words)]
     if not words and verb != "list":
         assert f"\n  {verb} " in HELP or verb.startswith("--")
@@ -110,6 +113,8 @@ def check(line):
         shutil.rmtree("pairs")
     elif verb == "encode":
         compose([w for w in words if w.partition("=")[0] not in OWN])
+    elif verb == "export":
+        check_keys(verb, pieces(verb, words, EXPORT), EXPORT)
     elif verb == "compare":
         assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
     elif verb == "list":
