@@ -14,8 +14,10 @@ import pytest
 import teachers
 from PIL import Image
 
+from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
+from tests.anomaly_trees import btad, mvtec, visa
 
 EXPERIMENTS = list(options("experiment"))
 VARIANTS = ("boss_cifar10_16", "boss_cifar10_distill", "boss_cifar10_uniform_reflow", "boss_digits_uniform_reflow")
@@ -26,6 +28,7 @@ VARIANTS += (
     "rectified_flow_pp_cifar10",
     "rectified_flow_pp_cifar10_16",
 )
+VARIANTS += ("fastflow_mvtec_wide_resnet50", "fastflow_mvtec_deit", "fastflow_mvtec_cait")
 VARIANTS += ("rectified_flow_pp_cifar10_16", "reflow_cifar10_16", "twinflow_cifar10_16", "twinflow_digits_tuned")
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CIFAR10 = SHARED / "data" / "cifar10"
@@ -37,6 +40,18 @@ TINY_GRID = ["callbacks.samples.rows=1", "callbacks.samples.cols=2", "callbacks.
 TINY_PAIRS = ["data.n=40", "data.steps=6", "data.pairs_batch=20", "data.shard=20", "data.batch_size=4"]
 TINY_PAIRS += ["data.val_fraction=0.2"]
 TINY_NET = {False: ["model.net.width=8", "model.net.blocks=1"], True: ["model.net.width=16"]}
+
+
+@pytest.fixture(scope="module")
+def defects(tmp_path_factory):
+    """A folder for each set of images with defects."""
+    folder = tmp_path_factory.mktemp("defects")
+    mvtec(folder / "mvtec", "bottle")
+    mvtec(folder / "magnetic_tile", "tile")
+    for make, name, category in ((btad, "btad", "01"), (visa, "visa", "candle")):
+        (folder / name).mkdir()
+        make(folder / name, category)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,21 @@ def cheap_lpips(tree):
     return [f"++model.loss.{key}={value}" for key, value in words.items()]
 
 
-def small(name, images):
+def small_anomalies(data, defects):
+    """Words that make FastFlow on `data` small; a folder of `defects` is where it is read from."""
+    kind, own = data["class_path"].rpartition(".")[2], data["init_args"]
+    words = ["net=fastflow_mobilenetv2", "image_size=64", "model.net.flow_steps=1", "model.net.backbone.weights=random"]
+    words += ["data.batch_size=2", "data.eval_batch_size=20", "model.net.backbone.model=mobilenetv2_035"]
+    if kind == "Anomaly":
+        words.append(f"data.data_dir={defects / own['name']}")
+    elif own.get("data", {})["class_path"].endswith("Images"):
+        if not CIFAR10.is_dir():
+            pytest.skip(f"no CIFAR-10 at {CIFAR10}")
+        words += [f"data.data.data_dir={CIFAR10}", "data.data.memory_gb=0"]
+    return words
+
+
+def small(name, images, defects):
     """Words that make the experiment `name` small; its data come from a folder where they are not embedded."""
     tree = compose([f"experiment={name}"])[0]
     data, own = tree["data"], tree["model"]["init_args"]
@@ -71,6 +100,8 @@ def small(name, images):
     if "stable_diffusion" in net or net.endswith("weights.twinflow.pretrained"):
         made = "test_twinflow_recipes.py" if "twinflow" in net else "test_stable_diffusion.py"
         pytest.skip(f"needs a folder of diffusers: tests/lightning_modules/weights/{made} makes one")
+    if net.endswith("fastflow.FastFlowNet"):
+        return small_anomalies(data, defects)
     if net.endswith("starflow.STARFlow"):
         return ["model.net.dim=32", "model.net.depths=[1,1]", "data.batch_size=4", *TINY_GRID]
     if net.endswith("tarflow.TARFlow"):
@@ -123,13 +154,14 @@ QUICK_OR_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS 
 
 
 @pytest.mark.parametrize("name", QUICK_OR_SLOW)
-def test_two_steps(name, images, tmp_path):
-    done = harness.penstock("fit", f"experiment={name}", *SHORT, *small(name, images), run=tmp_path)
+def test_two_steps(name, images, defects, tmp_path):
+    words = small(name, images, defects)
+    done = harness.penstock("fit", f"experiment={name}", *SHORT, *words, run=tmp_path)
     assert done.code == 0, done.err[-2000:]
     values = json.loads((tmp_path / "metrics.json").read_text())
     assert np.isfinite(values["test/loss"])
-    assert harness.state(tmp_path)["/global_step"] == 2
-    assert list((tmp_path / "samples").glob("*.png")) or "callbacks.samples" not in " ".join(small(name, images))
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+    assert list((tmp_path / "samples").glob("*.png")) or "callbacks.samples" not in " ".join(words)
 
 
 def test_all_compose_without_torch():
