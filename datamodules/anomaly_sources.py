@@ -68,11 +68,25 @@ def find_category(root: Path, category: str | None) -> Path:
     found = _folders(root)
     if category not in found:
         own = "; set data.category=null, it is a category itself" if _is_category(root) else ""
+        own = "; one after the other: penstock fit -m ... data.category=all" if category == "all" and not own else own
         raise UserError(
             f"data.category: no folder '{category}' in {root}; found {', '.join(found) or 'no folders'}"
             f"{did_you_mean(category, found)}{own}"
         )
     return root / category
+
+
+def find_categories(root: Path) -> list[str]:
+    """Names of the categories in a folder, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [name for name in _folders(root) if _is_category(root / name)]
+    if not found:
+        names = ", ".join(_folders(root)) or "no folders"
+        raise UserError(f"{root}: no categories; found {names}; expected folders with {EXPECTED}")
+    return found
 
 
 def open_category(folder: Path) -> Category:

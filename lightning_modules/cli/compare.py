@@ -14,6 +14,7 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 from penstock.lightning_modules.steps import CALLS
 
 WANDB_KEYS = ("logger.wandb.project", "logger.wandb.entity", "logger.wandb.mode")
+SWEEP_FILES = ("multirun.yaml", "table.md", "table.json")  # beside the jobs of a sweep
 MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -235,7 +236,7 @@ def run_compare(words: list[str]) -> int:
             can't be written, or W&B out of reach.
     """
     given = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
-    folders = [Path(w) for w in words if "=" not in w and Path(w).name != "multirun.yaml"]
+    folders = [Path(w) for w in words if "=" not in w and Path(w).name not in SWEEP_FILES]
     keys = ("out", "logger", *WANDB_KEYS)
     for key, value in given.items():
         if key not in keys:

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from penstock.lightning_modules.cli import sweep_table
+from penstock.lightning_modules.cli.categories import expanded
 from penstock.lightning_modules.cli.compose import hydra_words, refusal, split_word
 from penstock.lightning_modules.cli.conf import check_choice, conf_dirs
 from penstock.lightning_modules.errors import UserError, did_you_mean
@@ -22,7 +24,9 @@ class _Stop(BaseException):
 
 
 def run_sweep(verb: str, words: list[str]) -> int:
-    """Runs every combination; prints where each job's folder is. Exit code 1 when a job failed, 2 for bad input.
+    """Runs every combination; prints where each job's folder is, and a table of all that `sweep_table` writes.
+
+    Exit code 1 when a job failed, 2 for bad input.
 
     A job without the metric that a word `objective=` names is the last, unless a launcher runs jobs side by side.
     """
@@ -30,6 +34,7 @@ def run_sweep(verb: str, words: list[str]) -> int:
     own_words = [w for w in words if w not in hydra_own]
     if any(w.partition("=")[0] == "run_dir" for w in own_words):
         raise UserError("run_dir: all jobs of a sweep would write to one folder; leave it out")
+    own_words = expanded(own_words)
     overrides = _expandable(own_words)
     import hydra
     from hydra.errors import HydraException
@@ -40,6 +45,7 @@ def run_sweep(verb: str, words: list[str]) -> int:
     if own:
         hydra_own.append(f"hydra.searchpath=[{','.join(f'file://{d}' for d in own)}]")
     failed: list[int] = []
+    complete = False
     asked = any(word.lstrip("+").startswith("objective=") for word in own_words)
     process = os.getpid()
 
@@ -52,11 +58,12 @@ def run_sweep(verb: str, words: list[str]) -> int:
         task = list(choices.overrides.task)
         print(f"job {number}: penstock {verb} {' '.join(task)}  ->  {os.path.relpath(run_dir)}", flush=True)
         code = run_job(verb, task, run_dir)
+        name = config.get("objective")
+        sweep_table.record(run_dir, number, task, code, name)
         if code:
             failed.append(number)
             print(f"job {number}: exit code {code}", file=sys.stderr, flush=True)
             return None
-        name = config.get("objective")
         value = objective(name, run_dir)
         if asked and name is not None and value is None and os.getpid() == process:
             raise _Stop(number)
@@ -68,6 +75,7 @@ def run_sweep(verb: str, words: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=str(main), config_name="config", version_base="1.3")(job)()
+        complete = True
     except HydraException as error:
         raise UserError(refusal(error, "sweep", dict(zip(overrides, own_words)))) from error
     except _Stop as stop:
@@ -75,6 +83,8 @@ def run_sweep(verb: str, words: list[str]) -> int:
         return 2
     finally:
         sys.argv = saved
+        if text := sweep_table.write(folder, complete):
+            print(f"{text}written: {', '.join(str(folder / name) for name in sweep_table.FILES)}")
     print(f"sweep: {folder}; compare with: penstock compare {folder}/*")
     return 1 if failed else 0
 
