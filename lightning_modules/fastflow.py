@@ -47,7 +47,7 @@ class FastFlow(LightningModule):
         initial: Weights of the frozen network that are loaded at first; None once they are, or a checkpoint has them.
 
     Raises:
-        ValueError: a share or a width out of range.
+        UserError: a share or a width out of range.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class FastFlow(LightningModule):
     ):
         super().__init__()
         if not 0 <= top <= 1:
-            raise ValueError(f"top={top}: expected a share in [0, 1]")
+            raise UserError(f"model.top: found {top}, expected a share in [0, 1]")
         if not 0 <= blur < float("inf"):
-            raise ValueError(f"blur={blur}: expected 0 or more pixels")
+            raise UserError(f"model.blur: found {blur}, expected 0 or more pixels")
         if not 0 <= overlap < 1:
-            raise ValueError(f"overlap={overlap}: expected a share in [0, 1)")
+            raise UserError(f"model.overlap: found {overlap}, expected a share in [0, 1)")
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.initial: str | None = net.backbone.weights
         self.top, self.blur, self.overlap = top, blur, overlap

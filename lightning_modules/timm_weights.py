@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 
+NAMES = 3
+
 
 def read_weights(file: str, what: str, whose: str) -> dict[str, Tensor]:
     """The state dict in a file, in float32; errors say `what` wants it and `whose` it should be.
@@ -39,5 +41,10 @@ def load_weights(net: nn.Module, file: str, what: str, whose: str) -> None:
 
 
 def complaint(error: RuntimeError) -> str:
-    """The first thing that PyTorch found wrong with a state dict."""
-    return str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+    """The first thing that PyTorch found wrong with a state dict, the first of the names in it."""
+    lines = str(error).splitlines()
+    what, colon, names = lines[min(1, len(lines) - 1)].strip().partition(": ")
+    found = names.split(", ")
+    return f"{what}{colon}{', '.join(found[:NAMES])}" + (
+        f" and {len(found) - NAMES} more" if len(found) > NAMES else ""
+    )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
+NOT_COMPOSED = ("table",)  # folders of `conf/` that hold data
+
 
 def conf_dirs() -> list[Path]:
     """Folders searched for configuration: the one beside the running code, then the user's.
@@ -21,9 +23,10 @@ def conf_dirs() -> list[Path]:
 
 
 def groups() -> list[str]:
-    """Names of the config groups: the folders of `conf/`."""
+    """Names of the config groups: the folders of `conf/` that Hydra composes."""
     folders = (path for folder in conf_dirs() for path in folder.iterdir() if path.is_dir())
-    return sorted({path.name for path in folders if not path.name.startswith(("_", "."))})
+    names = {path.name for path in folders if not path.name.startswith(("_", "."))}
+    return sorted(names - {*NOT_COMPOSED})
 
 
 def options(group: str) -> dict[str, Path]:

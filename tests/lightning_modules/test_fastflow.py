@@ -9,6 +9,7 @@ from PIL import Image
 
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.fastflow import FastFlow
 from penstock.lightning_modules.feature_cache import FeatureCache
 from penstock.lightning_modules.nets.backbone import Backbone
@@ -150,10 +151,11 @@ def test_a_cache_gives_what_was_put_in_by_number():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"top": 2}, "top=2"), ({"blur": -1}, "blur=-1"), ({"overlap": 1}, "overlap=1")]
+    ("options", "message"),
+    [({"top": 2}, "model.top: found 2"), ({"blur": -1}, "model.blur"), ({"overlap": 1}, "model.overlap")],
 )
 def test_numbers_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tiny(**options)
 
 
