@@ -7,8 +7,10 @@ import pytest
 from penstock.lightning_modules.cli import main, sweep_table
 from penstock.lightning_modules.cli.compose import compose
 from tests.anomaly_trees import btad, mvtec, visa
+from tests.lightning_modules.test_fastflow import TINY as FEW
 
 WORDS = ["-m", "experiment=fastflow_magnetic_tile"]
+TINY = [word for word in FEW if not word.startswith("data.category")]
 AUROC = {"bolt": 0.9, "nut": 0.7, "ring": 0.8}
 TWO = {"image_auroc": 0.5, "val/image_auroc": 0.1, "lr-Adam": 1.0, "epoch": 1, "best_on_test/image_auroc": 0.6}
 
@@ -173,3 +175,18 @@ def test_all_without_a_sweep_says_how(tmp_path, capsys):
     small = ["model.net.backbone.weights=random", "image_size=64", f"run_dir={tmp_path}/run"]
     assert main(["fit", *words, *small]) == 2
     assert "penstock fit -m ... data.category=all" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_categories_are_trained_one_after_the_other(tmp_path, monkeypatch):
+    """Real runs, as processes; the images of the third category cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bolt", "nut", "torn"):
+        mvtec(tmp_path / "tree", name, train=4, size=(70, 66))
+    (tmp_path / "tree" / "torn" / "train" / "good" / "001.png").write_bytes(b"none")
+    assert main(["fit", "-m", *TINY, "data.category=all", f"data.data_dir={tmp_path}/tree"]) == 1
+    found, text = table(tmp_path)
+    assert [job["exit_code"] for job in found["jobs"]] == [0, 0, 2]
+    values = [job["metrics"]["pixel_auroc"] for job in found["jobs"][:2]]
+    assert found["means"][0]["metrics"]["pixel_auroc"] == {"value": pytest.approx(sum(values) / 2), "jobs": 2}
+    assert {"image_auroc", "pixel_auroc", "aupro"} <= {*lines(text)[0]}

@@ -1,0 +1,168 @@
+"""Our numbers of one tier beside those of others: Markdown, JSON, a plot."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from penstock.benchmarks.report import command, table
+from penstock.benchmarks.table_spec import MEAN, Reference, Run, Table, Tier
+
+Results = dict[tuple[str, str], dict[str, Any]]
+VERSIONS = ("python", "torch", "lightning", "penstock")
+
+
+def references(spec: Table, tier: Tier) -> list[Reference]:
+    """The references that have a number for a row of this tier."""
+    rows = {*tier.rows, *([MEAN] if tier.mean else [])}
+    return [ref for ref in spec.references if any(rows & values.keys() for values in ref.values.values())]
+
+
+def ours(results: Results, row: str, column: str, metric: str) -> float | None:
+    """Our number; None where the row has not finished or has no such metric."""
+    found = results.get((row, column), {}).get("metrics", {}).get(metric)
+    return None if found is None else float(found)
+
+
+def our_mean(results: Results, tier: Tier, column: str, metric: str) -> tuple[float, int, int] | None:
+    """The mean of a column, of how many rows it is, and how many there should be."""
+    rows = [run.row for run in tier.runs if run.column == column]
+    values = [value for row in rows if (value := ours(results, row, column, metric)) is not None]
+    return (fmean(values), len(values), len(rows)) if values else None
+
+
+def head(tier: Tier, column: str) -> str:
+    """Name of a column of ours; the tier is part of it."""
+    return f"{column} (ours, {tier.name})"
+
+
+def metric_rows(spec: Table, tier: Tier, results: Results, metric: str) -> list[dict[str, Any]]:
+    """Lines of the table of one metric; a recalled number of others has a star, a mean says how much of it there is."""
+    refs = [ref for ref in references(spec, tier) if metric in ref.values]
+    lines = []
+    for row in [*tier.rows, *([MEAN] if tier.mean else [])]:
+        line: dict[str, Any] = {"row": row}
+        for column in tier.columns:
+            if row == MEAN:
+                mean = our_mean(results, tier, column, metric)
+                line[head(tier, column)] = _mean(*mean) if mean else ""
+            else:
+                value = ours(results, row, column, metric)
+                line[head(tier, column)] = "" if value is None else f"{value:.3f}"
+        for ref in refs:
+            value = ref.values[metric].get(row)
+            line[ref.name] = "" if value is None else f"{value:.3f}" + ("*" if ref.recalled(row) else "")
+        lines.append(line)
+    return lines
+
+
+def run_rows(tier: Tier, results: Results) -> list[dict[str, Any]]:
+    """Where each number of ours comes from."""
+    return [_origin(tier, run, results.get((run.row, run.column))) for run in tier.runs]
+
+
+def write(spec: Table, tier: Tier, results: Results, out: Path) -> Path:
+    """Writes `<out>/<table>_<tier>.md`, `.json` and `.png`; returns the first.
+
+    Args:
+        spec: The table.
+        tier: Of which all results are.
+        results: (row, column) -> what `table_rows.finish` returned; rows that have not finished are left out.
+        out: Folder, made where it is missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    name, refs = f"{spec.name}_{tier.name}", references(spec, tier)
+    done = sum(not result["exit_code"] for result in results.values())
+    parts = [f"# {spec.title}: {tier.name}", f"{tier.note} {done} of {len(tier.runs)} runs finished."]
+    for metric in spec.metrics:
+        parts += [f"## {metric}", table(metric_rows(spec, tier, results, metric))]
+    if any(
+        "*" in cell
+        for metric in spec.metrics
+        for line in metric_rows(spec, tier, results, metric)
+        for cell in line.values()
+    ):
+        parts.append("\\* recalled, not read in the source")
+    parts += ["## Runs", table(run_rows(tier, results))]
+    if refs:
+        parts += ["## References", "\n".join(f"- {_source(ref)}" for ref in refs)]
+    parts.append(f"`{command()}`")
+    path = out / f"{name}.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    record = {
+        "title": spec.title,
+        "tier": tier.name,
+        "command": command(),
+        "metrics": spec.metrics,
+        "rows": [
+            {"row": row, "column": column, "tier": tier.name, **found} for (row, column), found in results.items()
+        ],
+        "references": [vars(ref) for ref in refs],
+    }
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plot(spec, tier, results, out / f"{name}.png")
+    return path
+
+
+def plot(spec: Table, tier: Tier, results: Results, path: Path) -> None:
+    """A panel a metric, a line a row: our numbers filled, those of others hollow; our mean only of all rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [*tier.rows, *([MEAN] if tier.mean else [])]
+    size = (4.5 * len(spec.metrics), 1.6 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(spec.metrics), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    numbered = enumerate(references(spec, tier), start=len(tier.columns))
+    marks = {ref.name: (f"C{i % 10}", "Ds^v"[i // 10 % 4]) for i, ref in numbered}
+    for metric, axis in zip(spec.metrics, axes.flat):
+        for i, column in enumerate(tier.columns):
+            values = {row: ours(results, row, column, metric) for row in tier.rows}
+            mean = our_mean(results, tier, column, metric)
+            if tier.mean and mean and mean[1] == mean[2]:
+                values[MEAN] = mean[0]
+            points = [(value, rows.index(row)) for row, value in values.items() if value is not None]
+            axis.plot(*(zip(*points) if points else ([], [])), "o", color=f"C{i}", label=head(tier, column), zorder=3)
+        for ref in references(spec, tier):
+            points = [(v, rows.index(row)) for row, v in ref.values.get(metric, {}).items() if row in rows]
+            colour, marker = marks[ref.name]
+            style = {"linestyle": "", "color": colour, "marker": marker, "markerfacecolor": "none", "markersize": 5}
+            axis.plot(*(zip(*points) if points else ([], [])), label=ref.name, **style)
+        axis.set(title=metric, yticks=range(len(rows)), yticklabels=rows)
+        axis.grid(axis="y", alpha=0.3)
+    axes.flat[0].invert_yaxis()
+    named = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _mean(value: float, rows: int, all_rows: int) -> str:
+    return f"{value:.3f}" + (f" ({rows} of {all_rows})" if rows < all_rows else "")
+
+
+def _origin(tier: Tier, run: Run, found: dict[str, Any] | None) -> dict[str, Any]:
+    found = found or {}
+    code, machine = found.get("exit_code"), found.get("machine") or {}
+    gpu = machine.get("gpu")
+    where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores" if machine else ""
+    return {
+        "row": run.row,
+        "column": run.column,
+        "tier": tier.name,
+        "status": ("failed" if code else "done") if found else "not run",
+        "seed": found.get("seed"),
+        "batch": found.get("batch"),
+        "epochs": found.get("epochs"),
+        "wall time, s": found.get("seconds") and f"{found['seconds']:.0f}",
+        "machine": f"{gpu}; {where}" if gpu else where,
+        "versions": ", ".join(f"{name} {machine[name]}" for name in VERSIONS if machine.get(name)),
+        "commit": machine.get("commit"),
+        "configuration": found.get("key"),
+    }
+
+
+def _source(ref: Reference) -> str:
+    known = [ref.certainty["default"], *(f"{row}: {v}" for row, v in ref.certainty.items() if row != "default")]
+    return f"{ref.name}: {ref.source} ({', '.join(known)})" + (f"; {ref.note}" if ref.note else "")
