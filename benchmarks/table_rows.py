@@ -74,22 +74,22 @@ def fit(words: list[str], environment: Mapping[str, str], log: Path) -> int:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does."""
+    """SIGTERM ends as Ctrl-C does, and Ctrl-C is heard also by what a shell started in the background, and by runs."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def result(folder: Path) -> dict[str, Any] | None:
     """What a finished row left; None where it has not finished."""
-    path = folder / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read(folder / RESULT, None)
 
 
 def finish(
@@ -115,14 +115,19 @@ def finish(
     try:
         code = runner(command(words, folder), environment, folder / LOG)
     finally:
-        attempts = _attempts(folder)
+        attempts = _read(folder / ATTEMPTS, [])
         attempts.append({"seconds": round(time.perf_counter() - start, 1), "exit_code": code})
         _save(folder / ATTEMPTS, attempts)
-    record: dict[str, Any] = {"words": words, "key": folder.name, "exit_code": code, "metrics": {}}
+    record: dict[str, Any] = {
+        "words": [_placeless(word) for word in words],
+        "key": folder.name,
+        "exit_code": code,
+        "metrics": {},
+    }
     if code:
         return record | {"log": str(folder / LOG)}
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    record["metrics"] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    record["metrics"] = _read(folder / "metrics.json", {})
     record |= {
         "seed": config["seed_everything"],
         "batch": _batch(config["data"]),
@@ -135,9 +140,9 @@ def finish(
     return record
 
 
-def _attempts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / ATTEMPTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+def _read(path: Path, missing: Any) -> Any:
+    """JSON of a file, `missing` where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
 
 
 def _batch(data: dict[str, Any]) -> int | None:
@@ -145,6 +150,12 @@ def _batch(data: dict[str, Any]) -> int | None:
     own = data.get("init_args") or {}
     inner = own.get("data")
     return own.get("batch_size") or (_batch(inner) if isinstance(inner, dict) else None)
+
+
+def _placeless(word: str) -> str:
+    """A word with the name of a file for its path, which is another on another machine."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).name}" if os.path.isabs(value) else word
 
 
 def _save(path: Path, value: Any) -> None:

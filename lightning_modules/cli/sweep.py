@@ -44,7 +44,6 @@ def run_sweep(verb: str, words: list[str]) -> int:
     folder = Path("runs") / "sweeps" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     if own:
         hydra_own.append(f"hydra.searchpath=[{','.join(f'file://{d}' for d in own)}]")
-    failed: list[int] = []
     complete = False
     asked = any(word.lstrip("+").startswith("objective=") for word in own_words)
     process = os.getpid()
@@ -61,7 +60,6 @@ def run_sweep(verb: str, words: list[str]) -> int:
         name = config.get("objective")
         sweep_table.record(run_dir, number, task, code, name)
         if code:
-            failed.append(number)
             print(f"job {number}: exit code {code}", file=sys.stderr, flush=True)
             return None
         value = objective(name, run_dir)
@@ -86,7 +84,7 @@ def run_sweep(verb: str, words: list[str]) -> int:
         if text := sweep_table.write(folder, complete):
             print(f"{text}written: {', '.join(str(folder / name) for name in sweep_table.FILES)}")
     print(f"sweep: {folder}; compare with: penstock compare {folder}/*")
-    return 1 if failed else 0
+    return 1 if any(job["exit_code"] for job in sweep_table.read(folder)) else 0
 
 
 def _expandable(words: list[str]) -> list[str]:

@@ -113,6 +113,8 @@ def test_our_numbers_stand_beside_those_of_others(own, tmp_path):
     assert "3 of 3 runs finished" in text
     assert "others: arXiv 0000.00000 (recalled, mean: confirmed)" in text
     first = record["rows"][0]
+    assert "model.net.backbone.weights=net.safetensors" in first["words"]
+    assert str(tmp_path) not in json.dumps(record["rows"])
     assert (first["tier"], first["seed"], first["batch"], first["epochs"]) == ("smoke", 7, 32, 20)
     assert first["machine"].keys() >= {"cpu", "cores", "torch", "lightning", "commit"}
     assert first["seconds"] >= 0
