@@ -74,6 +74,17 @@ def cheap_lpips(tree):
     return [f"++model.loss.{key}={value}" for key, value in words.items()]
 
 
+def own_videos(folder):
+    """Words for a folder of two clips of 24 frames, one of them a GIF."""
+    draws = np.random.default_rng(0)
+    frames = [Image.fromarray(draws.integers(256, size=(40, 48, 3), dtype=np.uint8)) for _ in range(24)]
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    for n, frame in enumerate(frames):
+        frame.save(folder / "frames" / f"{n}.png")
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    return [f"data.data_dir={folder}", "data.val_fraction=0.5", "model.denoiser.dim=32"]
+
+
 def small_anomalies(data, defects):
     """Words that make FastFlow on `data` small; a folder of `defects` is where it is read from."""
     kind, own = data["class_path"].rpartition(".")[2], data["init_args"]
@@ -103,7 +114,8 @@ def small(name, images, defects):
     if net.endswith("fastflow.FastFlowNet"):
         return small_anomalies(data, defects)
     if net.endswith("starflow.STARFlow"):
-        return ["model.net.dim=32", "model.net.depths=[1,1]", "data.batch_size=4", *TINY_GRID]
+        words = ["model.net.dim=32", "model.net.depths=[1,1]", "data.batch_size=4", *TINY_GRID]
+        return [*words, *own_videos(images.parent / "videos")] if data["class_path"].endswith("video.Video") else words
     if net.endswith("tarflow.TARFlow"):
         sizes = ["image_size=16", "num_classes=0", "model.net.dim=64", "model.net.blocks=2", "model.net.depth=1"]
         sizes += ["callbacks.ema={class_path: penstock.lightning_modules.callbacks.ema.EMA, decay: 0.9}"]
