@@ -60,6 +60,11 @@ def test_calls_vary_where_a_block_is_swept():
     assert images(shallow=[Sequential(), Jacobi()]).calls_vary
 
 
+def test_a_negative_weight_of_guidance_is_refused():
+    with pytest.raises(UserError, match="guidance=-0.5: expected 0 or more"):
+        images(guidance=ScoreGuidance(1.0)).sample(2, cond=torch.tensor([0, 1]), guidance=-0.5)
+
+
 def test_density_is_that_of_the_change_of_variables():
     flow, x = images().double(), batch()["image"].double()
     label = torch.tensor([2])
