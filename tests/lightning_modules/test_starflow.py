@@ -61,7 +61,7 @@ def test_calls_vary_where_a_block_is_swept():
 
 
 def test_a_negative_weight_of_guidance_is_refused():
-    with pytest.raises(UserError, match="guidance=-0.5: expected 0 or more"):
+    with pytest.raises(UserError, match=r"guidance=-0\.5: expected 0 or more"):
         images(guidance=ScoreGuidance(1.0)).sample(2, cond=torch.tensor([0, 1]), guidance=-0.5)
 
 
