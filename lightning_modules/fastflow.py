@@ -1,5 +1,6 @@
 """FastFlow (arXiv 2111.07677): anomalies are where features of an image are unlikely under a normalizing flow."""
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from penstock.lightning_modules.calibration import Calibration
 from penstock.lightning_modules.callbacks.ranks import sum_over_ranks
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.feature_cache import FeatureCache
-from penstock.lightning_modules.flow.anomaly_map import anomaly_map, blurred, image_score
+from penstock.lightning_modules.flow.anomaly_map import anomaly_map, blurred, image_score, map_of_means
 from penstock.lightning_modules.flow.tiles import tiled
 from penstock.lightning_modules.nets.fastflow import (
     ChannelNorm,
@@ -21,6 +22,7 @@ from penstock.lightning_modules.nets.fastflow import (
     moments_of,
     negative_log_likelihood,
 )
+from penstock.lightning_modules.nets.folded_flow import FoldedFlow
 from penstock.lightning_modules.training import optimizers
 
 
@@ -95,8 +97,8 @@ class FastFlow(LightningModule):
     def maps_of(self, batch: dict[str, Any]) -> list[Tensor]:
         """Feature maps of a batch, in a fit from the cache where there is one."""
         if self.cache is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return self.net.backbone(batch["image"])
-        return self.cache(batch["index"], batch["image"], self.net.backbone, self.trainer.training and self.known)
+            return self.net.maps(batch["image"])
+        return self.cache(batch["index"], batch["image"], self.net.maps, self.trainer.training and self.known)
 
     def on_fit_start(self) -> None:
         """Measures the training images where norms of channels are new; all ranks share the work."""
@@ -189,13 +191,20 @@ class FastFlow(LightningModule):
 
 
 class Detector(nn.Module):
-    """Score `(B,)` and map `(B, 1, H, W)` of RGB images `(B, 3, H, W)` in [0, 1], by a trained model."""
+    """Score `(B,)` and map `(B, 1, H, W)` of RGB images `(B, 3, H, W)` in [0, 1], by a copy of a trained model.
+
+    The same function in fewer operators, see `Backbone.folded` and `FoldedFlow`.
+    """
 
     def __init__(self, model: FastFlow):
         super().__init__()
-        self.net, self.top, self.blur = model.net, model.top, model.blur
+        net = model.net
+        example = torch.zeros(1, 3, *net.image_size, device=net.backbone.mean.device)
+        self.top, self.blur = model.top, model.blur
+        self.backbone, self.norms = net.backbone.folded(example), copy.deepcopy(net.norms)
+        self.flows = nn.ModuleList(FoldedFlow(flow) for flow in net.flows)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        z = [z for z, _ in self.net(2 * image - 1)]
-        maps = blurred(anomaly_map(z, tuple(image.shape[-2:])), self.blur)
+        means = [flow(norm(y)) for flow, norm, y in zip(self.flows, self.norms, self.backbone(image))]
+        maps = blurred(map_of_means(means, tuple(image.shape[-2:])), self.blur)
         return image_score(maps, self.top), maps

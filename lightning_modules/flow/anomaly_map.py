@@ -17,12 +17,16 @@ def anomaly_map(z: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     Returns:
         `(B, 1, H, W)` in float32 at least, whatever the noise's dtype: exp underflows early in half precision.
     """
+    wide = (scale.to(torch.promote_types(scale.dtype, torch.float32)) for scale in z)
+    return map_of_means([scale.square().mean(1, keepdim=True) for scale in wide], size)
+
+
+def map_of_means(means: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The same of `mean_c z_l^2` `(B, 1, H_l, W_l)`."""
     total = 0
-    for scale in z:
-        wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
-        unlikely = -torch.exp(-0.5 * wide.square().mean(1, keepdim=True))
-        total = total + F.interpolate(unlikely, size, mode="bilinear", align_corners=False)
-    return total / len(z)
+    for mean in means:
+        total = total + F.interpolate(-torch.exp(-0.5 * mean), size, mode="bilinear", align_corners=False)
+    return total / len(means)
 
 
 def blurred(maps: Tensor, sigma: float) -> Tensor:

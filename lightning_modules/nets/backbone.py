@@ -8,15 +8,20 @@ from typing import Any, Literal
 import timm
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.nets.batch_norm_folding import folded
 from penstock.lightning_modules.timm_weights import complaint, read_weights
+
+AT_ONCE = 4  # images on the CPU: maps of more leave the cache
 
 
 class Backbone(nn.Module):
     """Maps images `(B, 3, H, W)` in [-1, 1] to feature maps `(B, C_l, H_l, W_l)`, shallow ones first.
 
     It is frozen and stays in evaluation mode, whatever mode it is put in. What lies behind its last map is not kept.
+    It works on a copy whose batch norms are folded into the convolutions; that copy is no part of its state.
     Weights are random until `load`, so that a checkpoint that holds them needs neither file nor hub.
 
     Args:
@@ -67,6 +72,8 @@ class Backbone(nn.Module):
         for name, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
         self.net = self._pruned(net)
+        self._modules_of_net = tuple(self.net.modules())
+        self._quick: tuple[list[Any], nn.Module] | None = None  # weights' state, the copy
 
     def _create(self, **options: Any) -> nn.Module:
         try:
@@ -114,14 +121,50 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "Backbone":
+        self._quick = None
+        return super()._apply(*args, **kwargs)
+
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        x = (image * 0.5 + (0.5 - self.mean)) / self.std
+        x = torch.addcmul((0.5 - self.mean) / self.std, image, 0.5 / self.std)
+        if is_compiling() or is_exporting() or x.device.type == "meta":
+            return self._maps(self.net if self._quick is None else self._quick[1], x)
+        net = self._folded(x[:1])
+        if x.device.type != "cpu":
+            return self._maps(net, x)
+        parts = [self._maps(net, part) for part in x.to(memory_format=torch.channels_last).split(AT_ONCE)]
+        return [torch.cat(maps).contiguous() for maps in zip(*parts)]
+
+    def folded(self, image: Tensor) -> "Backbone":
+        """A copy of images in [0, 1], with batch norms inside of convolutions, for inference and export alone.
+
+        Args:
+            image: One `(1, 3, H, W)` of the kind it is for.
+        """
+        self(image)
+        result = copy.deepcopy(self)
+        result.net, result._quick = result._quick[1], None
+        result._modules_of_net = tuple(result.net.modules())
+        result.mean, result.std = (1 + self.mean) / 2, self.std / 2
+        return result
+
+    def _folded(self, x: Tensor) -> nn.Module:
+        state = [
+            (t.data_ptr(), 0 if t.is_inference() else t._version)
+            for module in self._modules_of_net
+            for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None
+        ]
+        if self._quick is None or self._quick[0] != state:
+            self._quick = state, folded(self.net, lambda: self._maps(self.net, x))
+        return self._quick[1]
+
+    def _maps(self, net: nn.Module, x: Tensor) -> list[Tensor]:
         norm = {"norm": True} if self.norm else {}
-        maps = self.net.forward_intermediates(
+        return net.forward_intermediates(
             x, indices=self.layers, stop_early=True, intermediates_only=True, output_fmt="NCHW", **norm
         )
-        return maps
 
 
 def _rows(info: Any) -> list[dict[str, Any]]:
