@@ -157,7 +157,8 @@ class Backbone(nn.Module):
             if t is not None
         ]
         if self._quick is None or self._quick[0] != state:
-            self._quick = state, folded(self.net, lambda: self._maps(self.net, x))
+            with torch.inference_mode(False), torch.no_grad():
+                self._quick = state, folded(self.net, lambda: self._maps(self.net, x))
         return self._quick[1]
 
     def _maps(self, net: nn.Module, x: Tensor) -> list[Tensor]:

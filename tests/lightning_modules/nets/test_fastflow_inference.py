@@ -108,6 +108,18 @@ def test_a_convolution_used_twice_keeps_its_norms():
     assert isinstance(made.one, nn.BatchNorm2d)
 
 
+def test_folded_during_validation_for_training_and_export():
+    backbone, image = stirred("mobilenetv2_035"), torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        backbone(image)
+    assert not any(p.is_inference() for p in backbone._quick[1].parameters())
+    weight = torch.ones(1, requires_grad=True)
+    (backbone(image)[0] * weight).square().sum().backward()
+    assert weight.grad > 0
+    program = torch.export.export(backbone.folded(image), (image,))
+    same([y.contiguous() for y in program.module()(image)], backbone.folded(image)(image))
+
+
 @pytest.mark.parametrize("form", ["tanh", "tanh_over_clamp"])
 @pytest.mark.parametrize("channels", [7, 24])
 def test_folded_flow_is_the_flow(channels, form):
