@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -86,13 +87,17 @@ class FastFlow(LightningModule):
         """Loads the frozen network, unless a checkpoint brings it.
 
         Raises:
-            UserError: no weights, or augmented images that are to be kept.
+            UserError: no weights, or features to be kept of augmented images or of a sharded network.
         """
         if self.initial:
             self.net.backbone.load()
             self.initial = None
-        if self.cache is not None and getattr(self.trainer.datamodule, "augments", False):
+        if self.cache is None:
+            return
+        if getattr(self.trainer.datamodule, "augments", False):
             raise UserError("model.cache_features: found true with augmented images (data.flip); expected one of them")
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):  # ranks would wait for those that find theirs kept
+            raise UserError("model.cache_features: found true with strategy=fsdp; expected false, or strategy=ddp")
 
     def maps_of(self, batch: dict[str, Any]) -> list[Tensor]:
         """Feature maps of a batch, in a fit from the cache where there is one."""

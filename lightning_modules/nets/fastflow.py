@@ -189,6 +189,8 @@ class FastFlowNet(nn.Module):
         norm_affine: Whether the norm of samples has a trainable gain and offset of every element.
     """
 
+    forward_methods = ("maps", "encode")
+
     def __init__(
         self,
         backbone: Backbone,
@@ -216,6 +218,10 @@ class FastFlowNet(nn.Module):
             CouplingFlow(c, flow_steps, conv3x3_only, hidden_ratio, hidden_ratio_base, clamp, form)
             for c in backbone.channels
         )
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """Feature maps `(B, C_l, H_l, W_l)` of images `(B, 3, H, W)` in [-1, 1]."""
+        return self.backbone(image)
 
     def encode(self, maps: Sequence[Tensor]) -> Coded:
         """(noise `(B, C_l, H_l, W_l)`, log-determinant `(B,)`) of every feature map."""

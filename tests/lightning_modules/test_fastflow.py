@@ -1,6 +1,8 @@
 """FastFlow end to end on tiny trees: training, kept features, resuming, tiles, export."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +245,20 @@ def test_norms_of_channels_are_those_of_the_training_images(tree, tmp_path):
         torch.testing.assert_close(norm.mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.std, y.std((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
         assert norm.count == y[:, 0].numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_give_the_metrics_of_one(tree, tmp_path, strategy):
+    harness = runpy.run_path(str(Path(__file__).parents[1] / "reliability" / "harness.py"))
+    words = ["fit", *TINY, f"data.data_dir={tree}", "model.net.norm=channel", "trainer.accelerator=cpu"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert harness["penstock"](*words, run=one).code == 0
+    job = {"words": [*words[1:], f"strategy={strategy}", "trainer.devices=2"], "run": str(two)}
+    job["words"] += ["model.cache_features=false"] if strategy == "fsdp" else []
+    harness["on_ranks"](2, [job], tmp_path / "ranks")
+    found, expected = (json.loads((run / "metrics.json").read_text()) for run in (two, one))
+    names = {key for key in expected if "auroc" in key or "aupro" in key or "threshold" in key or "loss" in key}
+    assert len(names) > 10
+    for name in names - {"train/loss"}:  # of one rank's share
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
