@@ -102,7 +102,7 @@ def training(models: Pair, batch: int, steps: int, rounds: int, compiled: bool) 
     device = models.ours.device
     cache = [models.ours.net.backbone(torch.rand(batch, 3, *models.size, device=device) * 2 - 1) for _ in range(steps)]
     both = {side: trainer(side, models, compiled) for side in SIDES}
-    found = {side: trained(one, lambda: iter(cache)) for side, one in both.items()}
+    found = {side: trained(one, lambda: iter(2 * cache)) for side, one in both.items()}
     error = alike(found, LOSSES, "losses")
     works = {side: partial(trained, one, lambda: iter(cache)) for side, one in both.items()}
     taken = alternate(works, rounds, device, warmup=0)
@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in (1, given.batch):
             own = [*forms, "onnxruntime, alone"] if "onnxruntime" in forms and batch > 1 else forms
             rows += inference(fresh(), own, batch, given.rounds * (1 if batch > 1 else 5), threads)
+            print(*rows[-len(own) - 1 :], sep="\n", file=sys.stderr)
             torch.compiler.reset()
-        print(*rows, kept[-1], sep="\n", file=sys.stderr)
         if not given.no_memory:
             words = ["--device", given.device, "--threads", str(threads), "--side", str(given.side)]
             simple = [form for form in forms if form != "torch.compile"]
