@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from penstock.lightning_modules.errors import UserError
+
 
 class LinearWarmup(LRScheduler):
     """lr = base * min(n / warmup, 1) in update n = 0, 1, ...: the first update has lr 0 (arXiv 2209.03003 recipe).
@@ -18,7 +20,7 @@ class LinearWarmup(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0, stop_short: bool = False):
         if warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {warmup}")
+            raise UserError(f"model.scheduler.warmup: found {warmup}, expected 0 or more")
         self.warmup, self.stop_short = warmup, stop_short
         super().__init__(optimizer)
 
@@ -44,9 +46,9 @@ class WarmupCosine(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, total: int, warmup: int = 0, floor: float = 0.0):
         if not 0 <= warmup < total:
-            raise ValueError(f"0 <= warmup < total must hold, got warmup={warmup}, total={total}")
+            raise UserError(f"model.scheduler.total: found {total} with warmup={warmup}, expected 0 <= warmup < total")
         if not 0 <= floor <= 1:
-            raise ValueError(f"floor must lie in [0, 1], got {floor}")
+            raise UserError(f"model.scheduler.floor: found {floor}, expected a number in [0, 1]")
         self.total, self.warmup, self.floor = total, warmup, floor
         super().__init__(optimizer)
 

@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable
 
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine
 
 
@@ -65,13 +66,13 @@ def test_resumed_schedule_continues():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda o: LinearWarmup(o, -1), "warmup must not be negative, got -1"),
-        (lambda o: WarmupCosine(o, 5, 5), "got warmup=5, total=5"),
-        (lambda o: WarmupCosine(o, 5, floor=2.0), r"floor must lie in \[0, 1\], got 2.0"),
+        (lambda o: LinearWarmup(o, -1), "model.scheduler.warmup: found -1"),
+        (lambda o: WarmupCosine(o, 5, 5), "model.scheduler.total: found 5 with warmup=5"),
+        (lambda o: WarmupCosine(o, 5, floor=2.0), r"model.scheduler.floor: found 2.0"),
     ],
 )
 def test_errors_are_clear(build, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         rates(build, 1)
 
 
