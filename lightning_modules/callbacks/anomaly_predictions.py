@@ -21,8 +21,9 @@ class AnomalyPredictions(BasePredictionWriter):
     """Writes `scores.csv`, `scores.json`, `heat/<file>.png` and `masks/<file>.png` into `predictions/`.
 
     `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. A
-    mask is 255 where the map reaches the threshold of pixels. Files keep their folders. Pictures are written as they
-    come; only scores are collected.
+    mask is 255 where the map reaches the threshold of pixels. Files keep their folders; one that is no PNG gets `.png`
+    behind its name. Pictures are written as they come, for models that were validated on images with masks; only scores
+    are collected.
 
     Args:
         pictures: Whether heat maps and masks are written.
@@ -65,7 +66,7 @@ class AnomalyPredictions(BasePredictionWriter):
         hot, masks = heat(batch["image"], calibration.maps(maps)), above(maps, calibration.pixel_threshold)[:, 0].cpu()
         for name, picture, mask in zip(files, hot, masks):
             for kind, pixels in (("heat", picture.permute(1, 2, 0)), ("masks", mask)):
-                place = (self.folder / kind / name).with_suffix(".png")
+                place = self.folder / kind / (name if name.endswith(".png") else f"{name}.png")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.contiguous().numpy()).save(place)
 
@@ -77,16 +78,21 @@ class AnomalyPredictions(BasePredictionWriter):
         batch_indices: Sequence[Any] | None,
     ) -> None:
         parts = gather(self.rows)
-        if parts is None:
-            return
+        if parts is not None:
+            self._write(parts, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Keeps the scores of the images before one that cannot be read; with several ranks they are lost."""
+        if getattr(self, "rows", None) and trainer.world_size == 1:
+            self._write([self.rows], pl_module)
+
+    def _write(self, parts: list[list[tuple]], pl_module: pl.LightningModule) -> None:
+        """Both files of scores, by the ranks' rows."""
         rows = [row[1:] for row in sorted({row[0]: row for part in parts for row in part}.values())]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows((name, score, normalized, int(found)) for name, score, normalized, found in rows)
-        report = {
-            **pl_module.calibration.facts(),
-            "images": [dict(zip(COLUMNS, row)) for row in rows],
-        }
+        report = {**pl_module.calibration.facts(), "images": [dict(zip(COLUMNS, row)) for row in rows]}
         (self.folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

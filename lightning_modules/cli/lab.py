@@ -185,7 +185,7 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
     try:
         lab = Lab(args, restore_argv)
     except UserError:
-        if new and not any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):
+        if new and not any((folder / name).exists() for name in ("metrics.csv", "checkpoints", "predictions")):
             _forget(folder)
         raise
     except jsonargparse.ArgumentError as error:

@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         self.net = self._pruned(net)
         self._modules_of_net = tuple(self.net.modules())
         self._quick: tuple[list[Any], nn.Module] | None = None  # weights' state, the copy
+        self.register_load_state_dict_post_hook(_forget)
 
     def _create(self, **options: Any) -> nn.Module:
         try:
@@ -106,6 +107,7 @@ class Backbone(nn.Module):
         except (OSError, ValueError) as error:
             raise self._no_hub(error) from error
         self.net.load_state_dict(self._pruned(full).state_dict())
+        self._quick = None
 
     def _no_hub(self, error: Exception) -> UserError:
         return UserError(
@@ -166,6 +168,11 @@ class Backbone(nn.Module):
         return net.forward_intermediates(
             x, indices=self.layers, stop_early=True, intermediates_only=True, output_fmt="NCHW", **norm
         )
+
+
+def _forget(backbone: Backbone, _: Any) -> None:
+    """Other weights came: a compiled program must not take the copy of those before."""
+    backbone._quick = None
 
 
 def _rows(info: Any) -> list[dict[str, Any]]:

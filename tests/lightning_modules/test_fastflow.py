@@ -1,6 +1,7 @@
 """FastFlow end to end on tiny trees: training, kept features, resuming, tiles, export."""
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -189,6 +190,7 @@ def test_models_without_an_export_say_so(tmp_path, capsys):
 
 
 def predicted(run, tmp_path, *words):
+    os.environ.pop("RUN_DIR", None)  # of the call before
     checkpoint = run / "checkpoints" / "last.ckpt"
     return main(["predict", f"ckpt_path={checkpoint}", f"run_dir={tmp_path / 'p'}", *words])
 
@@ -201,7 +203,7 @@ def test_predictions_of_a_folder(run, tree, tmp_path):
     out = tmp_path / "p" / "predictions"
     found = json.loads((out / "scores.json").read_text())["images"]
     assert [row["file"] for row in found] == ["a.png", "b.png", "in/c.jpg"]
-    assert Image.open(out / "heat" / "in" / "c.png").size == (64, 64)
+    assert Image.open(out / "heat" / "in" / "c.jpg.png").size == (64, 64)
     model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
     image = Image.open(tmp_path / "new" / "b.png").resize((64, 64), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -229,6 +231,12 @@ def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
     ):
         assert predicted(run, tmp_path, f"images={tmp_path / folder}", *words) == 2
         assert message in capsys.readouterr().err
+    for name in ("a.png", "b.png"):
+        save(picture(2, (64, 64)), tmp_path / "bad" / name)
+    assert predicted(run, tmp_path, f"images={tmp_path / 'bad'}", "data.batch_size=1") == 2
+    kept = json.loads((tmp_path / "p" / "predictions" / "scores.json").read_text())["images"]
+    assert [row["file"] for row in kept] == ["a.png", "b.png"]
+    capsys.readouterr()
     assert main(["test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"images={tmp_path}"]) == 2
     assert "expected penstock predict ckpt_path=FILE images=FOLDER" in capsys.readouterr().err
 
@@ -262,3 +270,10 @@ def test_two_ranks_give_the_metrics_of_one(tree, tmp_path, strategy):
     assert len(names) > 10
     for name in names - {"train/loss"}:  # of one rank's share
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+def test_images_need_not_be_square(tree, tmp_path):
+    folder = fit(tmp_path / "i", tree, "shape=[3,64,96]", "trainer.max_epochs=1", "model.net.norm=sample")
+    assert "pixel_auroc" in json.loads((folder / "metrics.json").read_text())
+    assert predicted(folder, tmp_path, f"images={tree / 'bolt' / 'test'}", "data.batch_size=3") == 0
+    assert Image.open(tmp_path / "p" / "predictions" / "masks" / "crack" / "000.png").size == (96, 64)

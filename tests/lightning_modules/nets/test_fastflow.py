@@ -267,3 +267,14 @@ def test_weights_of_a_file(tmp_path):
     backbone = Backbone("mobilenetv2_035", weights=str(tmp_path / "w.pth"))
     backbone.load()
     torch.testing.assert_close(backbone.net.conv_stem.weight, whole.conv_stem.weight.half().float())
+
+
+def test_a_compiled_backbone_forgets_the_weights_before():
+    torch.manual_seed(0)
+    backbone, other = (Backbone("mobilenetv2_035", [1], "random") for _ in range(2))
+    image = torch.rand(1, 3, 32, 32)
+    before = backbone(image)[0]
+    nn.Sequential(backbone).load_state_dict({f"0.{key}": value for key, value in other.state_dict().items()})
+    assert backbone._quick is None  # what a compiled program would take
+    torch.testing.assert_close(backbone(image)[0], other(image)[0])
+    assert not torch.allclose(backbone(image)[0], before)
