@@ -13,8 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from penstock.datamodules.pixels import Pixels
-from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, PredictionLoader, Rows, guarded
+from penstock.datamodules.readable import PredictionLoader, Readable, refusal
+from penstock.datamodules.sampling import KeyedBatchSampler, KeyedLoader, KeyedSampler, Rows, guarded
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules.callbacks.ranks import broadcast, gather
 from penstock.lightning_modules.errors import UserError, did_you_mean
 from penstock.lightning_modules.seeds import run_seed
 
@@ -112,6 +114,7 @@ class KindDataModule(LightningDataModule):
         self.num_workers, self.seed, self.pixels = num_workers, seed, pixels
         self.store: Store | None = None
         self.numbers: dict[str, np.ndarray] = {}
+        self.predicted: PredictionLoader | None = None
 
     def build(self) -> tuple[Store, dict[str, np.ndarray]]:
         """Opens the data, sets the attributes of the contract, returns the store and the numbers of train/val/test."""
@@ -184,7 +187,23 @@ class KindDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> PredictionLoader:
-        return PredictionLoader(self._eval_loader("test"))
+        """The test split; samples that cannot be read are left out, and `teardown` names them."""
+        view = self.view("test")
+        self.predicted = PredictionLoader(self.loader(Readable(view), self.eval_batches(len(view))))
+        return self.predicted
+
+    def teardown(self, stage: str) -> None:
+        """After a prediction, names what could not be read.
+
+        Raises:
+            UserError: some of it could not.
+        """
+        if stage != "predict" or self.predicted is None:
+            return
+        parts = gather(self.predicted.unreadable)
+        lines = broadcast(None if parts is None else {row: line for part in parts for row, line in part.items()})
+        if lines:
+            raise refusal(lines)
 
     def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
         """Every sample of `split` once over all ranks, in order, as final float data: no augmentation ever."""

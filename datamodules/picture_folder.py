@@ -21,10 +21,11 @@ class PictureStore:
     Args:
         source: the files.
         size: height and width, None as they are; then one is fetched at a time.
+        least: height and width that pictures as they are must have.
     """
 
-    def __init__(self, source: FileSource, size: tuple[int, int] | None) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: FileSource, size: tuple[int, int] | None, least: tuple[int, int] = (1, 1)) -> None:
+        self.source, self.size, self.least = source, size, least
 
     def fetch(self, numbers: np.ndarray) -> dict[str, Tensor]:
         return {"image": torch.stack([self._decoded(number) for number in numbers])}
@@ -36,16 +37,23 @@ class PictureStore:
         image = load_image(self.source, number).convert("RGB")
         if self.size is not None and image.size != self.size[::-1]:
             image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        if image.height < self.least[0] or image.width < self.least[1]:
+            least, where = "{}x{}".format(*self.least), self.source.where(number)
+            raise UserError(
+                f"{where}: found {image.height}x{image.width} pixels, expected at least {least} (model.tile)"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class PictureFolder(KindDataModule):
     """Every picture in a folder and the folders below it, sorted by path, `image` `(3, H, W)` in [-1, 1].
 
+    Where the ranks cannot share them evenly the first ones come twice, under the same `index`.
+
     Args:
         data_dir: the folder.
         image_size: side, or [height, width], to resize to; `None` is what the model says (its `image_size`), and where
-            that is None, too, pictures come as they are, one in a batch.
+            that is None, too, pictures come as they are, one in a batch of a rank, at least as large as its `tile`.
         batch_size: global batch.
         num_workers: worker processes a rank.
 
@@ -75,13 +83,15 @@ class PictureFolder(KindDataModule):
             raise UserError(f"images={self.data_dir}: no pictures; expected files {' '.join(IMG_EXTENSIONS)}")
         model = self.trainer.lightning_module if self.trainer else None
         size = self.size or getattr(model, "image_size", None)
+        _, world = self.ranks
         if size is None:
-            self.batch_size = self.eval_batch_size = max(1, self.ranks[1])
+            self.batch_size = self.eval_batch_size = world
         self.files = FileSource(self.data_dir, files, None, [])
         self.shape, self.class_names = (3, *(size or (0, 0))), []
         self.fingerprint = fingerprint("picture_folder", self.files.content(), size)
-        none = np.arange(0)
-        return PictureStore(self.files, size), {"train": none, "val": none, "test": np.arange(len(files))}
+        least = (size is None and getattr(model, "tile", None)) or (1, 1)
+        none, shared = np.arange(0), np.resize(np.arange(len(files)), -(-len(files) // world) * world)
+        return PictureStore(self.files, size, least), {"train": none, "val": none, "test": shared}
 
     def where(self, number: int) -> str:
         """Path of a picture from the folder."""

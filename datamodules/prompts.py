@@ -8,7 +8,7 @@ import numpy as np
 
 from penstock.datamodules.base import KindDataModule, Split, Store, View, fingerprint
 from penstock.datamodules.prompt_files import OFFICIAL, Prompt, PromptFormat, read_prompts
-from penstock.datamodules.sampling import PredictionLoader
+from penstock.datamodules.readable import PredictionLoader
 from penstock.lightning_modules.errors import UserError
 
 

@@ -233,16 +233,3 @@ class KeyedLoader(DataLoader):
                 raise UserError(str(batch))
             self._batches += 1
             yield batch
-
-
-class PredictionLoader:
-    """A loader that Lightning leaves as it is: for prediction it rebuilds every DataLoader with batches of its own."""
-
-    def __init__(self, loader: KeyedLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)

@@ -64,6 +64,18 @@ class Calibration(nn.Module):
         """
         return self._normalised(maps, "pixel_threshold", self.map_range)
 
+    def colours(self, maps: Tensor) -> Tensor:
+        """Anomaly maps, any shape, in [0, 1] to be seen: as `maps` or, without a threshold, linear over their range.
+
+        Raises:
+            UserError: the range was never set.
+        """
+        if not self.pixel_threshold.isnan():
+            return self.maps(maps)
+        self.check("map_range")
+        low, high = self.map_range.to(maps)
+        return ((maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)).clamp(0, 1)
+
     def check(self, name: str) -> None:
         """Refuses what was never set.
 
@@ -76,7 +88,7 @@ class Calibration(nn.Module):
         if bool(getattr(self, name).isnan().any()):
             raise UserError(
                 f"calibration.{name}: never set, expected a model validated with callbacks=anomaly (AnomalyMetrics)"
-                f"{' on images with masks' if name in ('pixel_threshold', 'map_range') else ''}"
+                f"{' on images with masks' if name == 'pixel_threshold' else ''}"
             )
 
     def facts(self) -> dict[str, float | list[float]]:

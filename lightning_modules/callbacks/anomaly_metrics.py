@@ -29,9 +29,10 @@ class AnomalyMetrics(pl.Callback):
     no anomalies or nothing else, is warned of and not logged. `test` adds `image_f1` and `pixel_f1`, at the thresholds
     in the checkpoint.
 
-    Every validation sets the module's `calibration`: thresholds of the largest F1 on its split, and ranges. Without
-    anomalies the threshold is the largest normal score or pixel, without normal ones the smallest. This is done before
-    `on_validation_end`, the first moment at which Lightning and `Checkpoint` save after a validation.
+    Every validation sets the module's `calibration`: thresholds of the largest F1 on its split, and ranges, that of
+    maps also without masks. Without anomalies the threshold is the largest normal score or pixel, without normal ones
+    the smallest. This is done before `on_validation_end`, the first moment at which Lightning and `Checkpoint` save
+    after a validation.
 
     The best epoch so far is logged as `best_on_val/<name>` and `best_on_val/epoch` (from 0, as `epoch`), or as
     `best_on_test/...` where `val_is_test` of the data says that they validate on the test images: such a best is
@@ -91,6 +92,7 @@ class AnomalyMetrics(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        ends = self._ends()
         image, pixel = self._measured("validation")
         if image is None:
             return
@@ -98,7 +100,7 @@ class AnomalyMetrics(pl.Callback):
             _threshold(image),
             None if pixel is None else _threshold(pixel),
             (image.lowest, image.highest),
-            None if pixel is None else (pixel.lowest, pixel.highest),
+            ends,
         )
         found = _named(image, pixel)
         self._log(pl_module, found, "val/")
@@ -132,6 +134,7 @@ class AnomalyMetrics(pl.Callback):
 
     def _begin(self) -> None:
         self._images, self._pixels, self._bad = ScoreCounts(), ScoreCounts(), []
+        self._lowest, self._highest = math.inf, -math.inf
 
     def _add(self, outputs: Any, batch: dict[str, Any]) -> None:
         """Takes one batch, with one wait for the device."""
@@ -142,12 +145,21 @@ class AnomalyMetrics(pl.Callback):
         if masks is not None and maps.shape != masks.shape:
             raise UserError(f"map: shape {tuple(maps.shape)}, expected that of the mask, {tuple(masks.shape)}")
         finite = outputs["score"].isfinite() & maps.isfinite().flatten(1).all(1)
-        held = [outputs["index"], outputs["score"].float(), batch["label"] != 0, finite]
-        index, scores, labels, finite, *rest = _on_cpu(*held, *([] if masks is None else [maps.float(), masks > 0]))
+        ends = torch.stack(maps.aminmax()).float()
+        held = [outputs["index"], outputs["score"].float(), batch["label"] != 0, finite, ends]
+        index, scores, labels, finite, ends, *rest = _on_cpu(
+            *held, *([] if masks is None else [maps.float(), masks > 0])
+        )
+        self._lowest, self._highest = min(self._lowest, float(ends[0])), max(self._highest, float(ends[1]))
         self._bad += index[~finite].tolist()
         self._images.update(scores[finite].numpy(), labels[finite].numpy())
         for scores, mask in zip(*(column[finite, 0].numpy() for column in rest)):
             self._pixels.update_map(scores, mask)
+
+    def _ends(self) -> tuple[float, float]:
+        """Smallest and largest value of maps over all ranks, on each of them."""
+        parts = gather((self._lowest, self._highest))
+        return broadcast(parts and (min(low for low, _ in parts), max(high for _, high in parts)))
 
     def _measured(
         self, split: str, image_threshold: float | None = None, pixel_threshold: float | None = None

@@ -33,7 +33,8 @@ class AnomalyGallery(pl.Callback):
     """Rows of image, marked mask, heat map and mask above the threshold: `samples/step_<global step>.png` in the run
     folder (`test.png` after a test), and in the loggers.
 
-    The rows are spread evenly over the split, whose samples are sorted by kind. Data without masks have a black one.
+    The rows are spread evenly over the split, normal samples first, then by kind of defect. In the place of a mask that
+    the data do not have, an anomalous image is white all over.
 
     Args:
         rows: How many.
@@ -49,7 +50,9 @@ class AnomalyGallery(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         split = "test" if trainer.state.fn == TrainerFn.TESTING else "val"
-        numbers = torch.as_tensor(trainer.datamodule.view(split).numbers)
+        data = trainer.datamodule
+        numbers = data.view(split).numbers
+        numbers = torch.as_tensor(numbers[data.defect_of[numbers].argsort(kind="stable")])
         spread = torch.linspace(0, len(numbers) - 1, min(self.rows, len(numbers))).round().long()
         self.wanted, self.found = numbers[spread].to(pl_module.device), []
 
@@ -60,7 +63,7 @@ class AnomalyGallery(pl.Callback):
     ) -> None:
         mine = torch.isin(batch["index"], self.wanted).nonzero()[:, 0]
         if len(mine):
-            mask = batch.get("mask", torch.zeros_like(outputs["map"], dtype=torch.uint8))
+            mask = batch.get("mask", batch["label"].to(torch.uint8).view(-1, 1, 1, 1).expand_as(outputs["map"]))
             rows = (batch["index"], batch["image"], mask, outputs["map"])
             self.found.append(tuple(row[mine].cpu() for row in rows))
 
@@ -71,15 +74,17 @@ class AnomalyGallery(pl.Callback):
         rows = gather_rows(*(columns or (torch.empty(0, dtype=torch.int64), None, None, None)))
         if rows is None or trainer.sanity_checking or not len(rows[0]):
             return
+        wanted = self.wanted.cpu()
+        order = torch.searchsorted(rows[0], wanted[torch.isin(wanted, rows[0])])
         names = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "validate"}
         name = names.get(trainer.state.fn, f"step_{trainer.global_step:06d}")
-        keep_picture(trainer, drawn(*rows[1:], pl_module.calibration), name, "anomalies")
+        keep_picture(trainer, drawn(*(row[order] for row in rows[1:]), pl_module.calibration), name, "anomalies")
 
     on_test_epoch_end = on_validation_epoch_end
 
 
 def drawn(images: Tensor, masks: Tensor, maps: Tensor, calibration: torch.nn.Module) -> Image.Image:
-    """One row for each sample: image, mask, heat map, and mask above the threshold where there is one.
+    """One row for each sample, in their order: image, mask, heat map, and mask above the threshold where there is one.
 
     Args:
         images: `(n, C, H, W)` in [-1, 1].
@@ -89,11 +94,14 @@ def drawn(images: Tensor, masks: Tensor, maps: Tensor, calibration: torch.nn.Mod
     """
     seen = ((images.float().expand(-1, 3, -1, -1) * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     panels = [seen, (255 * masks).expand(-1, 3, -1, -1)]
-    if "pixel_threshold" in calibration.facts():
-        panels += [heat(images, calibration.maps(maps)), above(maps, calibration.pixel_threshold)]
+    known = calibration.facts()
+    if "map_range" in known:
+        panels.append(heat(images, calibration.colours(maps)))
     else:
         low, high = maps.min(), maps.max()
         panels.append(heat(images, (maps - low) / (high - low).clamp(min=1e-12)))
+    if "pixel_threshold" in known:
+        panels.append(above(maps, calibration.pixel_threshold))
     rows = torch.stack([panel.to(torch.uint8) for panel in panels], 1).flatten(0, 1)
     return Image.fromarray(make_grid(rows, nrow=len(panels), padding=2).permute(1, 2, 0).numpy())
 

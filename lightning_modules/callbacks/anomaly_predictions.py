@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
@@ -15,15 +16,17 @@ from penstock.lightning_modules.callbacks.anomaly_pictures import above, heat
 from penstock.lightning_modules.callbacks.ranks import gather
 
 COLUMNS = ("file", "score", "normalized", "anomalous")
+NEEDED = {"heat maps": "map_range", "masks": "pixel_threshold"}
 
 
 class AnomalyPredictions(BasePredictionWriter):
     """Writes `scores.csv`, `scores.json`, `heat/<file>.png` and `masks/<file>.png` into `predictions/`.
 
-    `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. A
-    mask is 255 where the map reaches the threshold of pixels. Files keep their folders; one that is no PNG gets `.png`
-    behind its name. Pictures are written as they come, for models that were validated on images with masks; only scores
-    are collected.
+    `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. The
+    colours of heat maps are those of the calibration, the same for all images. A mask is 255 where the map reaches the
+    threshold of pixels; models that were validated on images without masks have none, which is said. Files keep their
+    folders; one that is no PNG gets `.png` behind its name. Pictures are written as they come; only scores are
+    collected.
 
     Args:
         pictures: Whether heat maps and masks are written.
@@ -40,7 +43,14 @@ class AnomalyPredictions(BasePredictionWriter):
             UserError: so it is.
         """
         pl_module.calibration.check("image_threshold")
-        self.masks = self.pictures and "pixel_threshold" in pl_module.calibration.facts()
+        known = pl_module.calibration.facts()
+        lacking = {kind: name for kind, name in NEEDED.items() if name not in known}
+        if self.pictures and lacking:
+            kinds, names = (" and no ".join(words) for words in (lacking, lacking.values()))
+            rank_zero_info(
+                f"predictions: no {kinds}: the checkpoint has no {names} (model not validated on images with masks)"
+            )
+        self.kinds = [kind for kind in NEEDED if self.pictures and kind not in lacking]
         trainer.predict_loop.return_predictions = False
         self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
 
@@ -60,15 +70,11 @@ class AnomalyPredictions(BasePredictionWriter):
         columns = (files, scores.tolist(), calibration.scores(scores).tolist())
         reached = (scores >= calibration.image_threshold).tolist()
         self.rows += [(number, *row) for number, *row in zip(numbers, *columns, reached)]
-        if not self.masks:
-            return
         maps = prediction["map"]
-        hot, masks = heat(batch["image"], calibration.maps(maps)), above(maps, calibration.pixel_threshold)[:, 0].cpu()
-        for name, picture, mask in zip(files, hot, masks):
-            for kind, pixels in (("heat", picture.permute(1, 2, 0)), ("masks", mask)):
-                place = self.folder / kind / (name if name.endswith(".png") else f"{name}.png")
-                place.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.contiguous().numpy()).save(place)
+        if "heat maps" in self.kinds:
+            self._save("heat", files, heat(batch["image"], calibration.colours(maps)).permute(0, 2, 3, 1))
+        if "masks" in self.kinds:
+            self._save("masks", files, above(maps, calibration.pixel_threshold)[:, 0].cpu())
 
     def write_on_epoch_end(
         self,
@@ -78,13 +84,20 @@ class AnomalyPredictions(BasePredictionWriter):
         batch_indices: Sequence[Any] | None,
     ) -> None:
         parts = gather(self.rows)
+        self.rows = []
         if parts is not None:
             self._write(parts, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keeps the scores of the images before one that cannot be read; with several ranks they are lost."""
+        """Keeps the scores of the images so far; with several ranks, which do not stop together, they are lost."""
         if getattr(self, "rows", None) and trainer.world_size == 1:
             self._write([self.rows], pl_module)
+
+    def _save(self, kind: str, files: list[str], pictures: Tensor) -> None:
+        for name, picture in zip(files, pictures):
+            place = self.folder / kind / (name if name.endswith(".png") else f"{name}.png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.contiguous().numpy()).save(place)
 
     def _write(self, parts: list[list[tuple]], pl_module: pl.LightningModule) -> None:
         """Both files of scores, by the ranks' rows."""

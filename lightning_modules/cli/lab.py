@@ -33,6 +33,7 @@ NOISE = (
     r".*does not have many workers.*",
     r".*in eval mode at the start of training.*",  # frozen networks
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Couldn't infer the batch indices.*",  # predictions carry their samples' numbers
 )
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 for _name in (*BATCHES, "overfit_batches", "val_check_interval"):

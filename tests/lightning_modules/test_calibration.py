@@ -37,6 +37,18 @@ def test_threshold_lies_at_a_half():
         calibration.maps(maps)
 
 
+def test_colours_have_the_threshold_in_the_middle_or_the_range_at_their_ends():
+    maps = torch.tensor([-1.2, -1.0, -0.25, 0.0, 0.1]).view(1, 1, 1, 5)
+    assert torch.equal(calibrated().colours(maps), calibrated().maps(maps))
+    calibration = Calibration()
+    calibration.set(-0.3, None, (-0.9, -0.1), (-1.0, 0.0))
+    torch.testing.assert_close(calibration.colours(maps).flatten(), torch.tensor([0.0, 0.0, 0.75, 1.0, 1.0]))
+    calibration.set(-0.3, None, None, (0.1, 0.1))
+    assert calibration.colours(maps).flatten().tolist()[:4] == [0, 0, 0, 0]
+    with pytest.raises(UserError, match=r"calibration.map_range: never set, expected .*\(AnomalyMetrics\)$"):
+        Calibration().colours(maps)
+
+
 def test_is_kept_with_the_weights(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), calibrated())
     torch.save(model.state_dict(), tmp_path / "weights")

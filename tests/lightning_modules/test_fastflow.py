@@ -227,7 +227,7 @@ def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
         ("none", [], "none: no such folder"),
         ("empty", [], "empty: no pictures"),
         ("bad", [], "cut.png: cannot read the image"),
-        ("small", ["model.tile=64"], "found images of 30x30 pixels, expected at least (64, 64)"),
+        ("small", ["model.tile=64"], "small.png: found 30x30 pixels, expected at least 64x64"),
     ):
         assert predicted(run, tmp_path, f"images={tmp_path / folder}", *words) == 2
         assert message in capsys.readouterr().err
