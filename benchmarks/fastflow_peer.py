@@ -5,9 +5,11 @@
 losses and maps are compared. anomalib's model is its own class; on MobileNetV2, which it does not offer, its class gets
 that network from timm in place of ResNet18. It sees images normalised before, ours normalises them.
 
-Exported models are ONNX files that onnxruntime runs: ours by `penstock export`, anomalib's by the exporter and the
-options that it uses itself. Peak memory is that of a process that makes and runs one form of one model, less what
-imports and weights need.
+Exported models are ONNX files that onnxruntime and OpenVINO run: ours by `penstock export`, anomalib's by the exporter
+and the options that it uses itself, without its pre- and post-processor. ncnn, which anomalib does not export to, is
+ours alone. The best of each side is the fastest in float32; bfloat16 is what OpenVINO takes by itself on processors
+that have it. Peak memory is that of a process that makes and runs one form of one model, less what imports and weights
+need.
 """
 
 import ctypes
@@ -23,16 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from penstock.benchmarks.fastflow_peer_models import PEER, Pair, missing, onnx, pair
+from penstock.benchmarks.fastflow_peer_models import PEER, Pair, missing, ncnn, onnx, onnxruntime, openvino, pair
 from penstock.benchmarks.report import parser, write
 from penstock.benchmarks.timing import alternate, ratio
 from penstock.lightning_modules.feature_cache import FeatureCache
 from penstock.lightning_modules.nets.fastflow import negative_log_likelihood
 
 BACKBONES = ("mobilenetv2_100", "resnet18")
-FORMS = ("eager", "torch.compile", "onnxruntime")
+FORMS = ("eager", "torch.compile", "onnxruntime", "openvino", "openvino, bf16", "ncnn")
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "openvino, bf16": partial(openvino, precision="bf16")}
 SIDES = ("penstock", PEER)
-MAPS = 1e-4  # largest difference of maps
+MAPS = {"openvino, bf16": 0.05}  # largest difference of maps
+EXACT = 1e-4  # of the other forms
+ALONE = ", alone"
 LOSSES = 1e-4  # largest relative difference of losses
 Work = Callable[[], Tensor]
 
@@ -88,11 +93,12 @@ def alike(found: dict[str, Tensor], limit: float, what: str) -> float:
 
 
 def row(what: str, images: int, taken: dict[str, list[float]], error: float) -> dict[str, Any]:
-    """A line of the table: images a second of both, and how much faster ours is."""
+    """A line of the table: images a second of both, or of ours alone, and how much faster ours is."""
     return {
         "work": what,
+        **dict.fromkeys((f"{side}, images/s" for side in SIDES), None),
         **{f"{side}, images/s": images / median(times) for side, times in taken.items()},
-        "ours / anomalib's": ratio(*reversed(taken.values())),
+        "ours / anomalib's": ratio(*reversed(taken.values())) if len(taken) > 1 else None,
         "largest difference": error,
     }
 
@@ -132,23 +138,35 @@ def cached(models: Callable[[], Pair], batch: int, steps: int, rounds: int) -> d
     return {"backbone": made.name, **epochs, "faster by": ratio(*reversed(taken.values())), "largest difference": error}
 
 
-def detectors(models: Pair, form: str, batch: int, folder: Path, threads: int, sides: Sequence[str]) -> dict[str, Work]:
-    """Maps `(B, 1, H, W)` of one batch of images by each side in one form."""
+def detectors(
+    models: Pair, form: str, batch: int, folder: Path, threads: int, sides: Sequence[str] = SIDES
+) -> dict[str, Work]:
+    """Maps `(B, 1, H, W)` of one batch of images by each side in one form; of ncnn by ours.
+
+    A form may end in `, alone`: the images go in one by one.
+    """
     torch.manual_seed(1)
     image = torch.rand(batch, 3, *models.size, device=models.ours.device)
     backbone = models.ours.net.backbone
-    works: dict[str, Work] = {}
+    kind, works = form.removesuffix(ALONE), {}
+    size = 1 if form != kind or kind == "ncnn" else batch
     for side in sides:
-        ours = side == "penstock"
+        ours = side == SIDES[0]
         module: nn.Module = models.ours.exportable()[0] if ours else models.theirs
         x = image if ours else (image - backbone.mean) / backbone.std
-        if form.startswith("onnxruntime"):
-            works[side] = onnx(module, x, folder / f"{side.split()[0]}.onnx", ours, threads, alone="alone" in form)
-            continue
-        if form == "torch.compile":
-            module = torch.compile(module, dynamic=False)
-        pick = (lambda y: y[1]) if ours else (lambda y: y.anomaly_map)
-        works[side] = torch.inference_mode()(lambda module=module, x=x, pick=pick: pick(module(x)))
+        if kind in RUNTIMES:
+            file = onnx(module, x, folder / f"{'ours' if ours else 'theirs'}.onnx", ours)
+            call = RUNTIMES[kind](file, x[:size].shape, threads)
+        elif kind == "ncnn":
+            if not ours:
+                continue
+            call = ncnn(module, x, folder / "ours.ncnn", threads)
+        else:
+            if kind == "torch.compile":
+                module = torch.compile(module, dynamic=False)
+            pick = (lambda y: y[1]) if ours else (lambda y: y.anomaly_map)
+            call = torch.inference_mode()(lambda x, module=module, pick=pick: pick(module(x)))
+        works[side] = lambda call=call, x=x: torch.cat([call(part) for part in x.split(size)])
     return works
 
 
@@ -156,20 +174,31 @@ def inference(models: Pair, forms: Sequence[str], batch: int, rounds: int, threa
     """A line of every form, and of the best one of each side."""
     rows, device = [], models.ours.device
     with TemporaryDirectory() as folder:
-        works = {form: detectors(models, form, batch, Path(folder), threads, SIDES) for form in forms}
+        works = {form: detectors(models, form, batch, Path(folder), threads) for form in forms}
+        reference = works["eager"][PEER]()
         errors = {
-            form: alike({side: work() for side, work in both.items()}, MAPS, "maps") for form, both in works.items()
+            form: max(
+                alike({side: work(), PEER + " eager": reference}, MAPS.get(form.removesuffix(ALONE), EXACT), form)
+                for side, work in both.items()
+            )
+            for form, both in works.items()
         }
-        flat = {(form, side): work for form, both in works.items() for side, work in both.items()}
-        taken = alternate({str(key): work for key, work in flat.items()}, rounds, device)
+        flat = {str((form, side)): work for form, both in works.items() for side, work in both.items()}
+        taken = alternate(flat, rounds, device)
     name = f"{models.name}, inference, batch {batch}"
-    best = {}
-    for side in SIDES:
-        best[side] = min(forms, key=lambda form: median(taken[str((form, side))]))
+
+    def times(form: str) -> dict[str, list[float]]:
+        return {side: taken[str((form, side))] for side in works[form]}
+
+    exact = [form for form in forms if form.removesuffix(ALONE) not in MAPS]
+    best = {
+        side: min((f for f in exact if side in works[f]), key=lambda form: median(times(form)[side])) for side in SIDES
+    }
     for form in forms:
-        rows.append(row(f"{name}, {form}", batch, {s: taken[str((form, s))] for s in SIDES}, errors[form]))
-    fastest = {s: taken[str((best[s], s))] for s in SIDES}
-    rows.append(row(f"{name}, best: {' against '.join(best.values())}", batch, fastest, max(errors.values())))
+        rows.append(row(f"{name}, {form}", batch, times(form), errors[form]))
+    fastest = {side: times(form)[side] for side, form in best.items()}
+    largest = max(errors[form] for form in exact)
+    rows.append(row(f"{name}, best: {' against '.join(best.values())}", batch, fastest, largest))
     return rows
 
 
@@ -177,7 +206,7 @@ def grown(models: Pair, form: str, batch: int, side: str, threads: int) -> float
     """MiB of memory that one form of one model needs at its worst moment beyond what imports and weights need."""
     device = models.ours.device
     with TemporaryDirectory() as folder:
-        (work,) = detectors(models, form, batch, Path(folder), threads, [side]).values()
+        work = detectors(models, form, batch, Path(folder), threads, [side])[side]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -201,7 +230,8 @@ def memory(words: list[str], backbone: str, forms: Sequence[str], batches: Seque
     rows = []
     for form, batch in ((f, b) for b in batches for f in forms):
         line: dict[str, Any] = {"model": f"{backbone}, batch {batch}, {form}"}
-        for side in SIDES:
+        line |= dict.fromkeys((f"{side}, peak MiB" for side in SIDES), None)
+        for side in SIDES[: 1 if form == "ncnn" else 2]:
             own = ["--memory-of", backbone, form, str(batch), side]
             command = [sys.executable, "-m", "penstock.benchmarks.fastflow_peer", *words, *own]
             found = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -241,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     forms = [form for form in FORMS if not (given.no_compile and form == "torch.compile")]
     if given.device == "cuda":
-        forms.remove("onnxruntime")
+        forms = [form for form in forms if form in ("eager", "torch.compile")]
     rows, kept, peaks = [], [], []
     for backbone in given.backbones:
         fresh = partial(models, backbone)
@@ -251,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.compiler.reset()
         kept.append(cached(fresh, given.batch, given.steps, max(2, given.rounds // 2)))
         for batch in (1, given.batch):
-            own = [*forms, "onnxruntime, alone"] if "onnxruntime" in forms and batch > 1 else forms
+            own = [*forms, *(form + ALONE for form in forms if form in RUNTIMES and batch > 1)]
             rows += inference(fresh(), own, batch, given.rounds * (1 if batch > 1 else 5), threads)
             print(*rows[-len(own) - 1 :], sep="\n", file=sys.stderr)
             torch.compiler.reset()

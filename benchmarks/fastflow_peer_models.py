@@ -1,4 +1,4 @@
-"""anomalib's FastFlow and ours with the same weights; their ONNX files in onnxruntime."""
+"""anomalib's FastFlow and ours with the same weights; their files in the runtimes that these are for."""
 
 import importlib.util
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from penstock.lightning_modules.exporting import exported
+from penstock.lightning_modules.exporting_ncnn import exported_ncnn
 from penstock.lightning_modules.fastflow import FastFlow
+from penstock.lightning_modules.ncnn_runtime import loaded
 from penstock.lightning_modules.nets.backbone import Backbone
 from penstock.lightning_modules.nets.fastflow import FastFlowNet
 from penstock.lightning_modules.weights.fastflow import converted
@@ -32,7 +34,8 @@ class Pair(NamedTuple):
 
 def missing() -> str | None:
     """One line if a package of the benchmark is absent."""
-    for package, words in (("anomalib", "anomalib==2.7.0"), ("onnxruntime", "onnxruntime onnx onnxscript")):
+    runtimes = "onnxruntime onnx onnxscript openvino ncnn pnnx"
+    for package, words in (("anomalib", "anomalib==2.7.0"), *((name, runtimes) for name in runtimes.split())):
         if importlib.util.find_spec(package) is None:
             return f"{package} is missing; install it in an environment of its own: pip install {words}"
     return None
@@ -68,21 +71,46 @@ def pair(backbone: str, side: int, device: torch.device, seed: int, weights: str
     return Pair(backbone, ours.to(device).eval(), theirs.to(device).eval(), size)
 
 
-def onnx(module: nn.Module, x: Tensor, file: Path, ours: bool, threads: int, alone: bool) -> Callable[[], Tensor]:
-    """Maps of `x` by the file of a model, for any number of images; `alone` is a call for each image."""
-    import onnxruntime
-
+def onnx(module: nn.Module, x: Tensor, file: Path, ours: bool) -> Path:
+    """A file of a model for any number of images."""
     if not file.exists():
         if ours:
             exported(module, x, ["score", "map"], "onnx", file)
         else:
             _theirs(module, x, file)
+    return file
+
+
+def onnxruntime(file: Path, shape: torch.Size, threads: int) -> Callable[[Tensor], Tensor]:
+    """Maps by an ONNX file."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    (given,), found = session.get_inputs(), ("map" if ours else "anomaly_map")
-    parts = [part.numpy() for part in x.split(1 if alone else len(x))]
-    return lambda: torch.cat([torch.from_numpy(session.run([found], {given.name: part})[0]) for part in parts])
+    (given,), found = session.get_inputs(), session.get_outputs()[-1].name
+    return lambda x: torch.from_numpy(session.run([found], {given.name: x.numpy()})[0])
+
+
+def openvino(file: Path, shape: torch.Size, threads: int, precision: str = "f32") -> Callable[[Tensor], Tensor]:
+    """Maps by an ONNX file of images of one shape; without a word OpenVINO takes bf16 where the processor has it."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(file))
+    model.reshape(list(shape))
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(model, "CPU", options)
+    return lambda x: torch.from_numpy(compiled(x.numpy())[compiled.outputs[-1]].copy())
+
+
+def ncnn(module: nn.Module, x: Tensor, file: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    """Maps of our model by files of ncnn, an image at a time."""
+    param = file.with_name(f"{file.name}.param")
+    if not param.exists():
+        exported_ncnn(module, x[:1], ["score", "map"], file)
+    run = loaded(param, file.with_name(f"{file.name}.bin"), 1, threads)
+    return lambda x: torch.stack([torch.from_numpy(run(image)[0]) for image in x.numpy()])
 
 
 def _theirs(module: nn.Module, x: Tensor, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Modules as files of ONNX or of `torch.export`."""
+"""Modules as files of ONNX or of `torch.export`, and what every format needs."""
 
 import importlib.util
 import logging
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 
-Kind = Literal["onnx", "torch"]
+Kind = Literal["onnx", "torch", "ncnn"]
+EXTRAS = {"onnx": "export", "ncnn": "ncnn"}
+PACKAGES = {"onnx": ("onnx", "onnxscript"), "torch": (), "ncnn": ("onnx", "onnxscript", "pnnx", "ncnn")}
 
 
 def needs(kind: Kind) -> None:
@@ -20,12 +22,14 @@ def needs(kind: Kind) -> None:
     Raises:
         UserError: one is absent.
     """
-    for package in ("onnx", "onnxscript") if kind == "onnx" else ():
+    for package in PACKAGES[kind]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"format=onnx: {package} is missing; install it: pip install 'penstock[export]'")
+            raise UserError(f"format={kind}: {package} is missing; install it: pip install 'penstock[{EXTRAS[kind]}]'")
 
 
-def exported(module: nn.Module, example: Tensor, outputs: list[str], kind: Kind, file: Path, batch: int = 0) -> None:
+def exported(
+    module: nn.Module, example: Tensor, outputs: list[str], kind: Literal["onnx", "torch"], file: Path, batch: int = 0
+) -> None:
     """Writes a module of one tensor.
 
     Args:

@@ -186,10 +186,11 @@ class FastFlow(LightningModule):
     def exportable(self) -> tuple[nn.Module, Tensor, list[str], dict[str, Any]]:
         """What `penstock export` writes: a module of RGB images in [0, 1], an example, and names of what it gives.
 
-        Last come facts that a program using it needs: thresholds of scores and of maps, and their ranges.
+        Last come facts that a program using it needs: which share of a map its score is the mean of, thresholds of
+        scores and of maps, and their ranges.
         """
         example = torch.rand(1, 3, *self.net.image_size)
-        return Detector(self).eval(), example, ["score", "map"], self.calibration.facts()
+        return Detector(self).eval(), example, ["score", "map"], {"top": self.top, **self.calibration.facts()}
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)
@@ -213,3 +214,11 @@ class Detector(nn.Module):
         means = [flow(norm(y)) for flow, norm, y in zip(self.flows, self.norms, self.backbone(image))]
         maps = blurred(map_of_means(means, tuple(image.shape[-2:])), self.blur)
         return image_score(maps, self.top), maps
+
+    @torch.no_grad()
+    def probe(self, image: Tensor) -> "Detector":
+        """A copy to compare exported files by: this image has a `mean_c z^2` of about 1, which `exp` does not hide."""
+        result = copy.deepcopy(self)
+        for flow, norm, y in zip(result.flows, result.norms, result.backbone(image)):
+            flow.weight /= flow(norm(y)).mean()
+        return result

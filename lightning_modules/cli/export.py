@@ -9,11 +9,11 @@ from penstock.lightning_modules.cli.verbs import run_of_checkpoint
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 OWN = {"ckpt_path": str, "format": str, "out": str, "batch": int}
-FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "ncnn": "model.ncnn.param"}
 
 
 def run_export(words: list[str]) -> int:
-    """Writes the model of a checkpoint, with its averaged weights, as ONNX or as a program of `torch.export`.
+    """Writes the model of a checkpoint, with its averaged weights: ONNX, a program of `torch.export`, or ncnn's files.
 
     Raises:
         UserError: an unknown word or format, a bad checkpoint, a model that offers nothing to export, a package that is
@@ -26,12 +26,15 @@ def run_export(words: list[str]) -> int:
         raise UserError(f"format={kind}: expected one of {', '.join(FORMATS)}{did_you_mean(kind, FORMATS)}")
     if (batch := typed("batch", given.get("batch", "0"), int)) < 0:
         raise UserError(f"batch={batch}: expected a whole number, or 0 for any number of images")
+    if kind == "ncnn" and batch > 1:
+        raise UserError(f"batch={batch}: ncnn takes one image at a time, expected 1 or nothing")
     path = Path(given["ckpt_path"])
     out = Path(given.get("out") or (run_of_checkpoint(str(path)) or Path(".")) / "export")
     check_no_file("export", out)
 
     from penstock.lightning_modules.build import model_from_checkpoint
     from penstock.lightning_modules.exporting import exported, needs
+    from penstock.lightning_modules.exporting_ncnn import exported_ncnn
 
     needs(kind)
     model = model_from_checkpoint(path)
@@ -39,7 +42,11 @@ def run_export(words: list[str]) -> int:
         raise UserError(f"ckpt_path={path}: {type(model).__name__} can't be exported; expected a model with exportable")
     with made("export", out), together("export", out) as folder:
         module, example, outputs, facts = model.exportable()
-        exported(module, example, outputs, kind, folder / FORMATS[kind], batch)
+        file = folder / FORMATS[kind]
+        if kind == "ncnn":
+            batch, outputs = 1, exported_ncnn(module, example, outputs, file.with_suffix(""))
+        else:
+            exported(module, example, outputs, kind, file, batch)
         facts = {"input": [batch or "batch", *example.shape[1:]], "outputs": outputs, **facts}
         (folder / "model.json").write_text(json.dumps({**facts, "checkpoint": str(path)}, indent=1) + "\n")
     print(f"written: {out / FORMATS[kind]}")

@@ -176,11 +176,23 @@ def test_exported_models_give_the_same(run, tmp_path, kind):
         runtime = pytest.importorskip("onnxruntime")
         session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
         found = [torch.from_numpy(x) for x in session.run(["score", "map"], {"image": image.numpy()})]
+    assert expected[1].std() > 1e-3
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["input"] == ["batch", 3, 64, 64]
     assert facts["image_threshold"] == pytest.approx(float(model.calibration.image_threshold))
+
+
+def test_exported_to_ncnn(run, tmp_path, capsys):
+    words = ["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "format=ncnn", f"out={tmp_path / 'out'}"]
+    assert main([*words, "batch=2"]) == 2
+    assert "batch=2: ncnn takes one image at a time" in capsys.readouterr().err
+    assert main(words) == 0
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == ["model.json", "model.ncnn.bin", "model.ncnn.param"]
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert (facts["input"], facts["outputs"], facts["top"]) == ([1, 3, 64, 64], ["map"], 0.03)
 
 
 def test_models_without_an_export_say_so(tmp_path, capsys):
