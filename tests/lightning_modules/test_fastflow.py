@@ -195,6 +195,13 @@ def test_exported_to_ncnn(run, tmp_path, capsys):
     assert (facts["input"], facts["outputs"], facts["top"]) == ([1, 3, 64, 64], ["map"], 0.03)
 
 
+def test_exported_models_of_tiles_say_so():
+    module, example, _, facts = tiny(tile=(64, 32), overlap=0.5).exportable()
+    assert (facts["tile"], facts["overlap"], facts["top"]) == ([64, 32], 0.5, 0.0)
+    assert module(example)[1].shape == (1, 1, 64, 32)
+    assert "tile" not in tiny().exportable()[3]
+
+
 def test_models_without_an_export_say_so(tmp_path, capsys):
     assert main(["export", "ckpt_path=nowhere.ckpt"]) == 2
     assert main(["export", "ckpt_path=pyproject.toml", "format=onxx"]) == 2
