@@ -1,5 +1,6 @@
 """Weights of timm's models from files of any name: safetensors or PyTorch, half precision allowed."""
 
+import re
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from penstock.lightning_modules.errors import UserError
 
 NAMES = 3
+SHAPES = re.compile(r"size mismatch for (\S+): .* torch\.Size\((.*)\) from .* torch\.Size\((.*)\)")
 
 
 def read_weights(file: str, what: str, whose: str) -> dict[str, Tensor]:
@@ -43,7 +45,12 @@ def load_weights(net: nn.Module, file: str, what: str, whose: str) -> None:
 def complaint(error: RuntimeError) -> str:
     """The first thing that PyTorch found wrong with a state dict, the first of the names in it."""
     lines = str(error).splitlines()
-    what, colon, names = lines[min(1, len(lines) - 1)].strip().partition(": ")
+    first = lines[min(1, len(lines) - 1)].strip()
+    if shapes := SHAPES.match(first):
+        name, found, expected = shapes.groups()
+        more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
+        return f"{name} has shape {found}, expected {expected}{more}"
+    what, colon, names = first.partition(": ")
     found = names.split(", ")
     return f"{what}{colon}{', '.join(found[:NAMES])}" + (
         f" and {len(found) - NAMES} more" if len(found) > NAMES else ""

@@ -47,11 +47,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Eight pictures, the second and the last two cut short."""
+    """Nine pictures, the second and the last three cut short."""
     folder = tmp_path / "pictures"
-    for i in range(8):
+    for i in range(9):
         save(picture(i, (40, 36)), folder / f"{i}.png")
-    for i in (1, 6, 7):
+    for i in (1, 6, 7, 8):
         file = folder / f"{i}.png"
         file.write_bytes(file.read_bytes()[:200])
     return folder
@@ -91,7 +91,8 @@ def test_pictures_cut_short_are_named_and_all_others_scored(checkpoint, pictures
     assert penstock("predict", *words, f"run_dir={tmp_path / 'p'}") == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith(f"penstock: {pictures}/1.png: cannot read the image (")
-    assert err.endswith(f"; nor can be read: {pictures}/6.png, {pictures}/7.png; all others were predicted")
+    others = ", ".join(f"{pictures}/{i}.png" for i in (6, 7, 8))
+    assert err.endswith(f"; nor can be read: {others}; all others were predicted")
     assert list(scores(tmp_path / "p")) == [f"{i}.png" for i in (0, 2, 3, 4, 5)]
     assert len(list((tmp_path / "p" / "predictions" / "heat").iterdir())) == 5
     assert penstock("predict", *words, "data.num_workers=1", f"run_dir={tmp_path / 'q'}") == 2
@@ -111,7 +112,7 @@ def test_a_picture_smaller_than_a_tile_is_named(checkpoint, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["data.batch_size=4", "model.tile=32"])
 def test_two_ranks_score_what_one_does(checkpoint, pictures, tmp_path, word):
-    """In fours, the last batch of the second rank has nothing that can be read; in tiles, most of them."""
+    """In fours, the second rank can read nothing of its last batch; in tiles, the ranks cannot share them evenly."""
     save(picture(9, (70, 33)), pictures / "5.png")  # of another size
     words = ["predict", f"ckpt_path={checkpoint}", f"images={pictures}", word, "trainer.accelerator=cpu"]
     assert penstock(*words, f"run_dir={tmp_path / 'one'}") == 2
@@ -124,7 +125,7 @@ def test_two_ranks_score_what_one_does(checkpoint, pictures, tmp_path, word):
     ends = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [end["code"] for end in ends] == [2, 2]
     assert f"{pictures}/1.png: cannot read the image" in ends[0]["err"]
-    assert f"nor can be read: {pictures}/6.png, {pictures}/7.png; all others" in ends[0]["err"]
+    assert f"{pictures}/7.png, {pictures}/8.png; all others were predicted" in ends[0]["err"]
     assert "penstock:" not in ends[1]["err"]
     heats = [sorted(p.name for p in (tmp_path / run / "predictions" / "heat").iterdir()) for run in ("one", "two")]
     assert heats[0] == heats[1]
