@@ -1,0 +1,158 @@
+"""FSAF, arXiv 1903.00621: one square a cell, and every object trains the level that predicts it best."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from penstock.lightning_modules.detection.anchors import Anchors
+from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
+from penstock.lightning_modules.detection.boxes import area, intersection, sides
+from penstock.lightning_modules.detection.coding import Distances
+from penstock.lightning_modules.detection.host import Host, Maps, Objects, sizes_of
+from penstock.lightning_modules.detection.selection import COCO, Selection
+
+NEVER = 1e6  # loss of an object on a level without cells of it
+
+
+def by_region(
+    priors: Tensor,
+    boxes: Tensor,
+    allowed: Tensor,
+    coding: Distances,
+    factor: float = 0.2,
+    least: float = 0.01,
+    official: bool = False,
+) -> Tensor:
+    """Number `(n,)` of the box of each prior, `NEGATIVE` or `IGNORED`.
+
+    A prior is a box's whose middle part it overlaps, if its centre lies in the box, else it is ignored. Of several
+    boxes the smallest has it.
+
+    Args:
+        priors: `(n, 4)`.
+        boxes: `(m, 4)`.
+        allowed: bool `(n,)`; others are `IGNORED`.
+        coding: Knows the priors' centres.
+        factor: Side of the middle part over the box's.
+        least: Overlap over the prior's area, at least.
+        official: Order boxes by area as the released code does, which takes the inverse of the order and so does not
+            always give a prior to the smallest.
+    """
+    found = torch.full((len(priors),), NEGATIVE, device=priors.device)
+    if len(boxes):
+        middle, half = coding.centers(boxes), sides(boxes, coding.extent) * factor / 2
+        core = torch.cat([middle - half, middle + half - coding.extent], 1)
+        near = intersection(priors, core, coding.extent) > least * area(priors, coding.extent)[:, None]
+        center = coding.centers(priors)[:, None]
+        inside = ((center > boxes[None, :, :2]) & (center < boxes[None, :, 2:])).all(2)
+        priority = area(boxes, coding.extent).argsort(descending=True)
+        priority = priority if official else priority.argsort()
+        rank = torch.where(near & inside, priority, -1)
+        found[(near & ~inside).any(1)] = IGNORED
+        found = torch.where(rank.amax(1) >= 0, rank.argmax(1), found)
+    return found.masked_fill(~allowed, IGNORED)
+
+
+class Terms(NamedTuple):
+    """Losses of each prior, of its classes `(B, n, K)` and of its box `(B, n)`, owners `(B, n)`, and what is kept.
+
+    `tables` are the losses `(L, m)` of the objects of each image by level.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+    owners: Tensor
+    kept: Tensor
+    tables: list[Tensor]
+
+
+class Fsaf(Host):
+    """FSAF's losses.
+
+    Args:
+        num_classes: K.
+        anchors: Priors, one square of a stride's side a cell.
+        coding: Distances to the sides.
+        factor: Side of the part of an object that trains over the object's.
+        alpha: Weight of positives in the focal loss.
+        gamma: Its exponent.
+        official: Order objects by area as the released code does, see `by_region`.
+        selection: Of boxes.
+    """
+
+    positive = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        anchors: Anchors,
+        coding: Distances,
+        factor: float = 0.2,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        official: bool = False,
+        selection: Selection = COCO,
+    ):
+        super().__init__(num_classes, anchors, coding, selection)
+        self.factor, self.alpha, self.gamma, self.official = factor, alpha, gamma, official
+
+    def losses(
+        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """`class` and `box`, see `Host`."""
+        terms = self.terms(logits, codes, objects, padded)
+        count = terms.kept.sum().clamp(min=1)
+        return {"class": terms.classes.sum() / count, "box": terms.boxes.sum() / count}
+
+    def terms(self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]) -> Terms:
+        """Losses of all priors after every object has chosen its level, not divided by their number yet."""
+        scores, found, priors = self.flat(logits, codes)
+        sizes = sizes_of(logits)
+        levels = torch.cat([torch.full((len(p),), k, device=p.device) for k, p in enumerate(self.priors(logits))])
+        owners = torch.stack(
+            [
+                by_region(
+                    priors,
+                    one.boxes,
+                    self.anchors.inside(sizes, shape, priors.device),
+                    self.coding,
+                    self.factor,
+                    official=self.official,
+                )
+                for one, shape in zip(objects, padded)
+            ]
+        )
+        positive = owners >= 0
+        classes, aims = torch.zeros_like(scores), torch.ones_like(found)
+        for image, one in enumerate(objects):
+            at = positive[image].nonzero().squeeze(1)
+            own = owners[image, at]
+            classes[image, at, one.labels[own]] = 1
+            aims[image, at] = self.coding.encode(priors[at], one.boxes[own]).to(aims.dtype)
+        focal = sigmoid_focal_loss(scores, classes, self.alpha, self.gamma) * (owners >= NEGATIVE).unsqueeze(2)
+        boxes = torch.where(positive, iou_loss(found, aims), 0)
+        kept, tables = positive.clone(), []
+        for image, one in enumerate(objects):
+            at = positive[image].nonzero().squeeze(1)
+            place = levels[at] * len(one.boxes) + owners[image, at]
+            loss = (focal[image, at].sum(1) + boxes[image, at]).detach()
+            total = loss.new_zeros(len(logits) * len(one.boxes)).index_add_(0, place, loss)
+            number = torch.zeros_like(total).index_add_(0, place, torch.ones_like(loss))
+            table = torch.where(number > 0, total / number.clamp(min=1), NEVER).view(len(logits), -1)
+            tables.append(table)
+            if len(one.boxes):
+                kept[image, at] = table.argmin(0)[owners[image, at]] == levels[at]
+        dropped = positive & ~kept
+        return Terms(focal.masked_fill(dropped.unsqueeze(2) & (classes > 0), 0), boxes * kept, owners, kept, tables)
+
+
+def iou_loss(found: Tensor, aims: Tensor) -> Tensor:
+    """`-log IoU` `(...,)` of distances `(..., 4)` in strides; a union of less than a stride squared counts as one."""
+    low = torch.minimum(found, aims)
+    both = (low[..., 0] + low[..., 1]) * (low[..., 2] + low[..., 3])
+    areas = [(x[..., 0] + x[..., 1]) * (x[..., 2] + x[..., 3]) for x in (found, aims)]
+    union = (areas[0] + areas[1] - both).clamp(min=1)
+    return -(both / union).clamp(min=1e-6).log()
