@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.host import Objects, Outputs
 from tests.golden_files import Record
 
 
-def maps(record: Record) -> tuple[list[Tensor], list[Tensor]]:
-    return tuple([record[f"{name}{level}"].requires_grad_() for level in range(5)] for name in ("cls", "reg"))
+def maps(record: Record) -> Outputs:
+    """Those of a head, all leaves."""
+    return Outputs(*([record[f"{name}{level}"].requires_grad_() for level in range(5)] for name in ("cls", "reg")))
 
 
 def images(record: Record) -> tuple[list[Objects], list[tuple[int, int]], list[tuple[int, int]], Tensor]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.boxes import iou
 from penstock.lightning_modules.detection.coding import Deltas
-from penstock.lightning_modules.detection.host import Host, Maps, Objects
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -53,10 +53,10 @@ class FreeAnchor(Host):
         self.beta, self.weight = beta, weight
 
     def losses(
-        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+        self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """`bag` and `background`, see `Host`; images' padding is not looked at."""
-        scores, found, anchors = self.flat(logits, codes)
+        scores, found, anchors = self.flat(outputs)
         p, bags, background = scores.sigmoid(), scores.new_zeros(()), scores.new_zeros(())
         for own_p, own_codes, one in zip(p, found, objects):
             if len(one.boxes):

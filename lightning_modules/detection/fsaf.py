@@ -11,7 +11,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, intersection, sides
 from penstock.lightning_modules.detection.coding import Distances
-from penstock.lightning_modules.detection.host import Host, Maps, Objects, sizes_of
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 NEVER = 1e6  # loss of an object on a level without cells of it
@@ -83,8 +83,6 @@ class Fsaf(Host):
         selection: Of boxes.
     """
 
-    positive = True
-
     def __init__(
         self,
         num_classes: int,
@@ -100,18 +98,20 @@ class Fsaf(Host):
         self.factor, self.alpha, self.gamma, self.official = factor, alpha, gamma, official
 
     def losses(
-        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+        self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """`class` and `box`, see `Host`."""
-        terms = self.terms(logits, codes, objects, padded)
+        terms = self.terms(outputs, objects, padded)
         count = terms.kept.sum().clamp(min=1)
         return {"class": terms.classes.sum() / count, "box": terms.boxes.sum() / count}
 
-    def terms(self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]) -> Terms:
+    def terms(self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]) -> Terms:
         """Losses of all priors after every object has chosen its level, not divided by their number yet."""
-        scores, found, priors = self.flat(logits, codes)
-        sizes = sizes_of(logits)
-        levels = torch.cat([torch.full((len(p),), k, device=p.device) for k, p in enumerate(self.priors(logits))])
+        scores, found, priors = self.flat(outputs)
+        sizes = sizes_of(outputs.logits)
+        levels = torch.cat(
+            [torch.full((len(p),), k, device=p.device) for k, p in enumerate(self.priors(outputs.logits))]
+        )
         owners = torch.stack(
             [
                 by_region(
@@ -139,9 +139,9 @@ class Fsaf(Host):
             at = positive[image].nonzero().squeeze(1)
             place = levels[at] * len(one.boxes) + owners[image, at]
             loss = (focal[image, at].sum(1) + boxes[image, at]).detach()
-            total = loss.new_zeros(len(logits) * len(one.boxes)).index_add_(0, place, loss)
+            total = loss.new_zeros(len(outputs.logits) * len(one.boxes)).index_add_(0, place, loss)
             number = torch.zeros_like(total).index_add_(0, place, torch.ones_like(loss))
-            table = torch.where(number > 0, total / number.clamp(min=1), NEVER).view(len(logits), -1)
+            table = torch.where(number > 0, total / number.clamp(min=1), NEVER).view(len(outputs.logits), -1)
             tables.append(table)
             if len(one.boxes):
                 kept[image, at] = table.argmin(0)[owners[image, at]] == levels[at]

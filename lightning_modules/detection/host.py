@@ -13,6 +13,15 @@ from penstock.lightning_modules.detection.selection import COCO, Found, Selectio
 Maps = Sequence[Tensor]
 
 
+class Outputs(NamedTuple):
+    """Maps of every level: logits `(B, A * K, H_l, W_l)`, codes `(B, A * 4, H_l, W_l)`, and, of hosts that have it, the
+    logit of how well a box fits `(B, A, H_l, W_l)`."""
+
+    logits: Maps
+    codes: Maps
+    quality: Maps | None = None
+
+
 class Objects(NamedTuple):
     """Boxes `(n, 4)` and classes `(n,)` of an image."""
 
@@ -21,7 +30,7 @@ class Objects(NamedTuple):
 
 
 class Host:
-    """A dense detector's losses and boxes, of maps: logits `(B, A * K, H_l, W_l)` and codes `(B, A * 4, H_l, W_l)`.
+    """A dense detector's losses and boxes, made of a head's maps.
 
     Args:
         num_classes: K.
@@ -31,23 +40,24 @@ class Host:
 
     Attributes:
         positive: Whether codes are distances: a head that makes them ends in a ReLU, and starts at 1.
+        quality: Whether a head also says how well boxes fit; scores are then `sqrt(p * quality)`.
     """
 
-    positive = False
+    quality = False
 
     def __init__(
         self, num_classes: int, anchors: Anchors, coding: Deltas | Distances, selection: Selection = COCO
     ) -> None:
         self.num_classes, self.anchors, self.coding, self.selection = num_classes, anchors, coding, selection
+        self.positive = isinstance(coding, Distances)
 
     def losses(
-        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+        self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """Scalars by name, to be summed up.
 
         Args:
-            logits: Of every level.
-            codes: Likewise.
+            outputs: Of a head.
             objects: Of every image.
             padded: (height, width) of the images with their own padding: no prior lies in what a batch adds.
         """
@@ -57,26 +67,26 @@ class Host:
         """`(n_l, 4)` of every level."""
         return self.anchors.grid(sizes_of(maps), maps[0].device)
 
-    def flat(self, logits: Maps, codes: Maps) -> tuple[Tensor, Tensor, Tensor]:
+    def flat(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `(B, n, K)`, codes `(B, n, 4)` and priors `(n, 4)` of all levels."""
-        rows = torch.cat(rows_of(logits, self.num_classes), 1), torch.cat(rows_of(codes, 4), 1)
-        return *rows, torch.cat(self.priors(logits))
+        rows = torch.cat(rows_of(outputs.logits, self.num_classes), 1), torch.cat(rows_of(outputs.codes, 4), 1)
+        return *rows, torch.cat(self.priors(outputs.logits))
 
     def detections(
-        self, logits: Maps, codes: Maps, sizes: Sequence[tuple[float, float]], scales: Tensor | None = None
+        self, outputs: Outputs, sizes: Sequence[tuple[float, float]], scales: Tensor | None = None
     ) -> list[Found]:
         """Boxes of every image.
 
         Args:
-            logits: Of every level.
-            codes: Likewise.
+            outputs: Of a head.
             sizes: (height, width) of the images without padding.
             scales: What boxes are divided by, `(B, 4)`.
         """
-        scores = [y.sigmoid() for y in rows_of(logits, self.num_classes)]
-        return self.selection(
-            scores, rows_of(codes, 4), self.priors(logits), self.coding.decode, sizes, scales, self.anchors.extent
-        )
+        scores = [y.sigmoid() for y in rows_of(outputs.logits, self.num_classes)]
+        if outputs.quality is not None:
+            scores = [(p * q.sigmoid()).sqrt() for p, q in zip(scores, rows_of(outputs.quality, 1))]
+        codes, priors = rows_of(outputs.codes, 4), self.priors(outputs.logits)
+        return self.selection(scores, codes, priors, self.coding.decode, sizes, scales, self.anchors.extent)
 
 
 def rows_of(maps: Maps, width: int) -> list[Tensor]:

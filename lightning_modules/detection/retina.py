@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from penstock.lightning_modules.detection.anchors import Anchors
+from penstock.lightning_modules.detection.anchors import Anchors, Sizes
 from penstock.lightning_modules.detection.assignment import NEGATIVE, RETINA, Thresholds, by_overlap
 from penstock.lightning_modules.detection.coding import Deltas
-from penstock.lightning_modules.detection.host import Host, Maps, Objects, sizes_of
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -43,18 +43,20 @@ class Retina(Host):
         self.limits, self.alpha, self.gamma, self.beta = limits, alpha, gamma, beta
 
     def losses(
-        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+        self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """`class` and `box`, see `Host`."""
-        focal, boxes = self.terms(logits, codes, objects, padded)
+        focal, boxes = self.terms(outputs, objects, padded)
         return {"class": focal.sum(), "box": boxes.sum()}
 
     def terms(
-        self, logits: Maps, codes: Maps, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
+        self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """Losses of each anchor `(B, n)`: of its class and of its box, over the number of positives of the batch."""
-        scores, found, anchors = self.flat(logits, codes)
-        owners = torch.stack([self.owners(anchors, one, logits, shape) for one, shape in zip(objects, padded)])
+        scores, found, anchors = self.flat(outputs)
+        owners = torch.stack(
+            [self.owners(anchors, one, sizes_of(outputs.logits), shape) for one, shape in zip(objects, padded)]
+        )
         positive = owners >= 0
         classes, aims = torch.zeros_like(scores), torch.zeros_like(found)
         for image, one in enumerate(objects):
@@ -67,7 +69,7 @@ class Retina(Host):
         boxes = F.smooth_l1_loss(found, aims, reduction="none", beta=self.beta).sum(2) * positive
         return focal / count, boxes / count
 
-    def owners(self, anchors: Tensor, objects: Objects, maps: Maps, padded: tuple[int, int]) -> Tensor:
+    def owners(self, anchors: Tensor, objects: Objects, sizes: Sizes, padded: tuple[int, int]) -> Tensor:
         """Number `(n,)` of the object of each anchor, or less than 0."""
-        inside = self.anchors.inside(sizes_of(maps), padded, anchors.device)
+        inside = self.anchors.inside(sizes, padded, anchors.device)
         return by_overlap(anchors, objects.boxes, inside, self.limits, self.anchors.extent)

@@ -6,7 +6,7 @@ import torch
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.coding import Deltas
 from penstock.lightning_modules.detection.free_anchor import FreeAnchor, mean_max
-from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.host import Objects, Outputs
 from tests.detection_files import images, maps
 from tests.golden_files import Record
 
@@ -15,16 +15,16 @@ STDS = (0.1, 0.1, 0.2, 0.2)
 
 def test_golden():
     record = Record("sepc", "11", dtype=torch.float32)
-    logits, codes = maps(record)
+    outputs = maps(record)
     objects, _, padded, _ = images(record)
-    found = FreeAnchor(4, Anchors(legacy=True), Deltas(STDS, 1.0)).losses(logits, codes, objects, padded)
+    found = FreeAnchor(4, Anchors(legacy=True), Deltas(STDS, 1.0)).losses(outputs, objects, padded)
     record.same(found["bag"], "positive_bag_loss")
     record.same(found["background"], "negative_bag_loss")
     sum(found.values()).backward()
     for level in range(5):
-        record.same(codes[level].grad, f"grad_reg{level}")
+        record.same(outputs.codes[level].grad, f"grad_reg{level}")
         if f"grad_cls{level}" in record.out:
-            record.same(logits[level].grad, f"grad_cls{level}")
+            record.same(outputs.logits[level].grad, f"grad_cls{level}")
     assert not record.left
 
 
@@ -42,8 +42,9 @@ def test_images_without_objects_and_predictions_that_fit_nothing():
         Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64)),
         Objects(torch.tensor([[2.0, 2, 30, 30]]), torch.tensor([1])),
     ]
-    found = host.losses(logits, codes, objects, [(32, 32)] * 2)
+    found = host.losses(Outputs(logits, codes), objects, [(32, 32)] * 2)
     assert all(torch.isfinite(x) for x in found.values())
     sum(found.values()).backward()
     assert all(torch.isfinite(y.grad).all() for y in logits)
-    assert not host._of_objects(host.flat(logits, codes)[1][1], host.flat(logits, codes)[2], objects[1]).any()
+    _, found, anchors = host.flat(Outputs(logits, codes))
+    assert not host._of_objects(found[1], anchors, objects[1]).any()

@@ -8,7 +8,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED
 from penstock.lightning_modules.detection.coding import Distances
 from penstock.lightning_modules.detection.fsaf import Fsaf, by_region, iou_loss
-from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.host import Objects, Outputs
 from penstock.lightning_modules.detection.selection import Selection
 from tests.detection_files import images, in_order, maps
 from tests.golden_files import Record
@@ -24,13 +24,13 @@ def test_golden(prefix):
     record = Record(
         "sepc", "12", prefix + "(labels|label_weights|bbox_targets|gt_index|level_table|loss|grad)", torch.float32
     )
-    host, (logits, codes) = fsaf(official=not prefix), maps(record)
+    host, outputs = fsaf(official=not prefix), maps(record)
     objects, _, padded, _ = images(record)
-    levels = [len(p) for p in host.priors(logits)]
-    priors = torch.cat(host.priors(logits))
+    levels = [len(p) for p in host.priors(outputs.logits)]
+    priors = torch.cat(host.priors(outputs.logits))
     for level, part in enumerate(priors.split(levels)):
         record.same(part, f"priors{level}")
-    terms = host.terms(logits, codes, objects, padded)
+    terms = host.terms(outputs, objects, padded)
 
     def levelled(name: str, value: Tensor) -> None:
         for level, part in enumerate(value.split(levels, 1)):
@@ -48,18 +48,18 @@ def test_golden(prefix):
     assert float(count) / len(objects) == float(record.out[prefix + "num_pos"])
     for name, values in (("loss_cls", terms.classes.sum(2)), ("loss_bbox", terms.boxes)):
         record.same(torch.stack([part.sum() for part in values.split(levels, 1)]) / count, prefix + name)
-    sum(host.losses(logits, codes, objects, padded).values()).backward()
+    sum(host.losses(outputs, objects, padded).values()).backward()
     for level in range(5):
-        record.same(codes[level].grad, f"{prefix}grad_reg{level}")
-        record.same(logits[level].grad, f"{prefix}grad_cls{level}")
+        record.same(outputs.codes[level].grad, f"{prefix}grad_reg{level}")
+        record.same(outputs.logits[level].grad, f"{prefix}grad_cls{level}")
     assert not record.left
 
 
 def test_golden_detections():
     record = Record("sepc", "12", "det", torch.float32)
-    host, (logits, codes) = fsaf(selection=Selection(100, 0.1, 0.5, 30)), maps(record)
+    host, outputs = fsaf(selection=Selection(100, 0.1, 0.5, 30)), maps(record)
     _, sizes, _, scales = images(record)
-    for image, (boxes, scores, labels) in enumerate(host.detections(logits, codes, sizes, scales)):
+    for image, (boxes, scores, labels) in enumerate(host.detections(outputs, sizes, scales)):
         expected = in_order(record.out[f"det_boxes{image}"], record.out[f"det_labels{image}"])
         found = in_order(torch.cat([boxes, scores[:, None]], 1), labels)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
@@ -95,7 +95,7 @@ def test_images_without_objects():
     logits = [torch.zeros(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 2, 2, 2, requires_grad=True)]
     codes = [torch.ones(1, 4, 4, 4, requires_grad=True), torch.ones(1, 4, 2, 2, requires_grad=True)]
     none = Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
-    found = host.losses(logits, codes, [none], [(32, 32)])
+    found = host.losses(Outputs(logits, codes), [none], [(32, 32)])
     sum(found.values()).backward()
     assert float(found["box"].detach()) == 0
     assert logits[0].grad.min() > 0

@@ -25,8 +25,8 @@ def retina(**options) -> Retina:
 
 
 def test_anchors(record):
-    anchors, (logits, _) = retina().anchors, maps(record)
-    sizes = sizes_of(logits)
+    anchors, outputs = retina().anchors, maps(record)
+    sizes = sizes_of(outputs.logits)
     for level, (stride, grid) in enumerate(zip(anchors.strides, anchors.grid(sizes))):
         record.same(anchors.base(stride), f"base_anchors{level}")
         record.same(grid, f"anchors{level}")
@@ -35,13 +35,13 @@ def test_anchors(record):
 
 
 def test_targets(record):
-    host, (logits, _) = retina(), maps(record)
+    host, outputs = retina(), maps(record)
     objects, _, padded, _ = images(record)
-    levels = [len(grid) for grid in host.priors(logits)]
-    anchors = torch.cat(host.priors(logits))
+    levels = [len(grid) for grid in host.priors(outputs.logits)]
+    anchors = torch.cat(host.priors(outputs.logits))
     labels, weights, aims, positives = [], [], [], []
     for one, shape in zip(objects, padded):
-        owner = host.owners(anchors, one, logits, shape)
+        owner = host.owners(anchors, one, sizes_of(outputs.logits), shape)
         at = owner >= 0
         labels.append(torch.where(at, one.labels[owner.clamp(min=0)] + 1, 0))
         weights.append(owner > IGNORED)
@@ -59,23 +59,23 @@ def test_targets(record):
 
 
 def test_losses_and_gradients(record):
-    host, (logits, coded) = retina(), maps(record)
+    host, outputs = retina(), maps(record)
     objects, _, padded, _ = images(record)
-    levels = [len(grid) for grid in host.priors(logits)]
-    for name, terms in zip(("loss_cls", "loss_bbox"), host.terms(logits, coded, objects, padded)):
+    levels = [len(grid) for grid in host.priors(outputs.logits)]
+    for name, terms in zip(("loss_cls", "loss_bbox"), host.terms(outputs, objects, padded)):
         record.same(torch.stack([part.sum() for part in terms.split(levels, 1)]), name)
-    sum(host.losses(logits, coded, objects, padded).values()).backward()
+    sum(host.losses(outputs, objects, padded).values()).backward()
     for level in range(5):
-        record.same(coded[level].grad, f"grad_reg{level}")
+        record.same(outputs.codes[level].grad, f"grad_reg{level}")
         if f"grad_cls{level}" in record.out:
-            record.same(logits[level].grad, f"grad_cls{level}")
+            record.same(outputs.logits[level].grad, f"grad_cls{level}")
 
 
 def test_decoded_boxes(record):
-    host, (logits, coded) = retina(), maps(record)
+    host, outputs = retina(), maps(record)
     _, sizes, _, _ = images(record)
-    grid = host.priors(logits)[2]
-    record.same(host.coding.decode(grid, 4 * rows_of(coded, 4)[2][0], sizes[0]), "decoded2")
+    grid = host.priors(outputs.logits)[2]
+    record.same(host.coding.decode(grid, 4 * rows_of(outputs.codes, 4)[2][0], sizes[0]), "decoded2")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_decoded_boxes(record):
     [("top", Selection(150, 0.05, 0.5, 20), True), ("all", Selection(150, 0.3, 0.5, 10**6), False)],
 )
 def test_detections(record, name, selection, scaled):
-    host, (logits, coded) = retina(selection=selection), maps(record)
+    host, outputs = retina(selection=selection), maps(record)
     _, sizes, _, scales = images(record)
-    found = host.detections(logits, coded, sizes, scales if scaled else None)
+    found = host.detections(outputs, sizes, scales if scaled else None)
     for image, (boxes, scores, labels) in enumerate(found):
         expected = in_order(record.out[f"det_{name}_boxes{image}"], record.out[f"det_{name}_labels{image}"])
         torch.testing.assert_close(
