@@ -1,0 +1,92 @@
+"""One-stage detectors: backbone, feature pyramid, a neck that gives features of two tasks, and a head."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from penstock.lightning_modules.detection.host import Host, Outputs
+from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
+from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
+
+PRIOR = 0.01  # probability of a class that an untrained head gives
+
+
+class Towers(nn.Module):
+    """RetinaNet's: convolutions for each task, shared by the levels; the baseline of a pyramid convolution neck.
+
+    Args:
+        channels: Of all levels.
+        layers: Of each task.
+    """
+
+    def __init__(self, channels: int = 256, layers: int = 4):
+        super().__init__()
+        self.cls_convs, self.reg_convs = (
+            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)) for _ in range(2)
+        )
+        for conv in (*self.cls_convs, *self.reg_convs):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Features `(B, channels, H_l, W_l)` of classification and of localization, for each level."""
+        found = []
+        for x in pyramid:
+            cls = loc = x
+            for one, other in zip(self.cls_convs, self.reg_convs):
+                cls, loc = one(cls).relu(), other(loc).relu()
+            found.append((cls, loc))
+        return found
+
+
+class Head(nn.Module):
+    """A 3x3 convolution for classes, one for boxes, and one for how well a box fits where the host asks for it.
+
+    Args:
+        channels: Of the features.
+        host: Says how many of each.
+    """
+
+    def __init__(self, channels: int, host: Host):
+        super().__init__()
+        cell = host.anchors.per_cell
+        self.positive = host.positive
+        self.cls = nn.Conv2d(channels, cell * host.num_classes, 3, padding=1)
+        self.reg = nn.Conv2d(channels, cell * 4, 3, padding=1)
+        self.quality = nn.Conv2d(channels, cell, 3, padding=1) if host.quality else None
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+        nn.init.constant_(self.cls.bias, -math.log((1 - PRIOR) / PRIOR))
+        if self.positive:
+            nn.init.ones_(self.reg.bias)
+
+    def forward(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Outputs:
+        codes = [self.reg(loc) for _, loc in pairs]
+        return Outputs(
+            [self.cls(cls) for cls, _ in pairs],
+            [y.relu() for y in codes] if self.positive else codes,
+            None if self.quality is None else [self.quality(loc) for _, loc in pairs],
+        )
+
+
+class Detector(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1] to the maps that a host makes losses and boxes of.
+
+    Args:
+        backbone: Its maps must be those of the host's finest strides.
+        neck: Of features of `channels`: `Towers`, or a `PyramidConvNeck`.
+        host: Anchors, losses and boxes.
+        channels: Of the pyramid.
+    """
+
+    def __init__(self, backbone: TrainedBackbone, neck: nn.Module, host: Host, channels: int = 256):
+        super().__init__()
+        self.backbone, self.neck, self.host = backbone, neck, host
+        coarse = len(host.anchors.strides) - len(backbone.channels)
+        self.pyramid = FeaturePyramid(backbone.channels, channels, coarse)
+        self.head = Head(channels, host)
+
+    def forward(self, image: Tensor) -> Outputs:
+        return self.head(self.neck(self.pyramid(self.backbone(image))))

@@ -1,0 +1,108 @@
+"""One-stage detectors: what trains, what heads start from, and the official code's names."""
+
+import pytest
+import torch
+from torch import nn
+
+from penstock.lightning_modules.detection.anchors import Anchors
+from penstock.lightning_modules.detection.centered import ByDistance, Centered
+from penstock.lightning_modules.detection.coding import Deltas, Distances
+from penstock.lightning_modules.detection.fsaf import Fsaf
+from penstock.lightning_modules.detection.host import Host
+from penstock.lightning_modules.detection.retina import Retina
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.detector import Detector, Towers
+from penstock.lightning_modules.nets.pyramid_conv import PyramidConvNeck
+from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
+from penstock.lightning_modules.weights.sepc import converted
+
+SQUARE = Anchors(scales=(1.0,), ratios=(1.0,))
+HOSTS = {
+    "retina": lambda: Retina(3, Anchors(), Deltas()),
+    "fsaf": lambda: Fsaf(3, SQUARE, Distances()),
+    "fcos": lambda: Centered(3, SQUARE, Distances(), ByDistance()),
+}
+
+
+def detector(host: Host, neck: nn.Module | None = None, channels: int = 16, model: str = "resnet18") -> Detector:
+    torch.manual_seed(0)
+    return Detector(TrainedBackbone(model, weights="random"), neck or Towers(channels, 1), host, channels)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_shapes_and_start(name):
+    net = detector(HOSTS[name](), PyramidConvNeck(16, 1, True, True, True))
+    logits, codes, quality = net(torch.rand(2, 3, 96, 128) * 2 - 1)
+    cells, anchors = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)], net.host.anchors.per_cell
+    assert [tuple(y.shape) for y in logits] == [(2, 3 * anchors, *size) for size in cells]
+    assert [tuple(y.shape) for y in codes] == [(2, 4 * anchors, *size) for size in cells]
+    assert (quality is None) == (name != "fcos")
+    start = torch.cat([y.sigmoid().flatten() for y in logits])
+    assert start.mean().sub(0.01).abs() < 1e-3
+    assert start.sub(0.01).abs().max() < 0.005
+    if net.head.positive:
+        assert torch.cat([y.flatten() for y in codes]).sub(1).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "frozen", "first"),
+    [
+        ("resnet18", 1, "layer2.0.conv1.weight"),
+        ("resnet18", 0, "layer1.0.conv1.weight"),
+        ("mobilenetv2_100", 1, "blocks.2.0.conv_pw.weight"),
+        ("mobilenetv2_100", 2, "blocks.3.0.conv_pw.weight"),
+        ("mobilenetv2_100", -1, "conv_stem.weight"),
+    ],
+)
+def test_what_trains(model, frozen, first):
+    backbone = TrainedBackbone(model, frozen=frozen, weights="random").train()
+    trained = [name for name, p in backbone.net.named_parameters() if p.requires_grad]
+    assert trained[0] == first
+    names = [name for name, _ in backbone.net.named_parameters()]
+    assert trained == names[names.index(first) :]
+    before = {name: x.clone() for name, x in backbone.net.named_buffers()}
+    maps = backbone(torch.rand(2, 3, 64, 64))
+    assert [y.shape[-1] for y in maps] == [8, 4, 2]
+    sum(y.square().mean() for y in maps).backward()
+    assert all(torch.equal(x, before[name]) for name, x in backbone.net.named_buffers())
+    grads = [name for name, p in backbone.net.named_parameters() if p.grad is not None]
+    assert grads == trained
+
+
+def test_numbers_that_are_no_maps():
+    with pytest.raises(UserError, match=r"backbone.frozen: found 9, expected -1 to 4 of resnet18"):
+        TrainedBackbone("resnet18", frozen=9, weights="random")
+
+
+@pytest.mark.parametrize("neck", ["pconv", "towers"])
+def test_official_names(neck):
+    """A state dict with the official code's names and shapes loads whole, and each entry goes where it belongs."""
+    own = Towers(256) if neck == "towers" else PyramidConvNeck(256, 4, True, True, True, 0)
+    net = detector(Retina(80, Anchors(legacy=True), Deltas(extent=1.0)), own, 256, "resnet50")
+    official = {}
+    for name, x in net.state_dict().items():
+        name = name.replace("backbone.net.", "backbone.").replace("head.", "bbox_head.retina_")
+        for old, new in (
+            ("pyramid.fpn.inner_blocks.{}.0.", "neck.0.lateral_convs.{}.conv."),
+            ("pyramid.fpn.layer_blocks.{}.0.", "neck.0.fpn_convs.{}.conv."),
+        ):
+            for k in range(3):
+                name = name.replace(old.format(k), new.format(k))
+        for k in range(2):
+            name = name.replace(f"pyramid.fpn.extra_blocks.convs.{k}.", f"neck.0.fpn_convs.{k + 3}.conv.")
+        if neck == "towers":
+            for k in range(4):
+                name = name.replace(f"neck.cls_convs.{k}.", f"bbox_head.cls_convs.{k}.conv.")
+                name = name.replace(f"neck.reg_convs.{k}.", f"bbox_head.reg_convs.{k}.conv.")
+            name = name.replace("neck.0.", "neck.")
+        elif name.startswith("neck.") and not name.startswith("neck.0."):
+            name = name.replace("neck.", "neck.1.", 1)
+        official[name] = torch.randn(x.shape) if x.is_floating_point() else x
+    assert "backbone.layer3.5.conv2.weight" in official
+    assert tuple(official["bbox_head.retina_cls.weight"].shape) == (720, 256, 3, 3)
+    if neck == "pconv":
+        assert tuple(official["neck.1.Pconvs.3.Pconv.2.conv_offset.weight"].shape) == (18, 256, 3, 3)
+    assert "neck.0.fpn_convs.4.conv.bias" in official or "neck.fpn_convs.4.conv.bias" in official
+    net.load_state_dict(converted(official))
+    with pytest.raises(UserError, match=r"found 'roi_head\.fc'"):
+        converted({"roi_head.fc": torch.zeros(1)})
