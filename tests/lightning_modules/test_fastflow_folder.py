@@ -110,25 +110,33 @@ def test_a_picture_smaller_than_a_tile_is_named(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["data.batch_size=4", "model.tile=32"])
-def test_two_ranks_score_what_one_does(checkpoint, pictures, tmp_path, word):
+@pytest.mark.parametrize(
+    ("word", "mended"),
+    [("data.batch_size=4", {}), ("model.tile=32", {7: (40, 36), 8: (70, 33)})],
+    ids=["fours", "tiles"],
+)
+def test_two_ranks_score_what_one_does(checkpoint, pictures, tmp_path, word, mended):
     """In fours, the second rank can read nothing of its last batch; in tiles, the ranks cannot share them evenly."""
-    save(picture(9, (70, 33)), pictures / "5.png")  # of another size
+    for i, size in mended.items():
+        save(picture(i, size), pictures / f"{i}.png")
+    good, bad = ([i for i in range(9) if (i in (1, 6, 7, 8) and i not in mended) is found] for found in (False, True))
     words = ["predict", f"ckpt_path={checkpoint}", f"images={pictures}", word, "trainer.accelerator=cpu"]
     assert penstock(*words, f"run_dir={tmp_path / 'one'}") == 2
     ranks = [*words, "trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'two'}"]
     with running(__file__, tmp_path, *ranks):
         pass
     found, expected = scores(tmp_path / "two"), scores(tmp_path / "one")
-    assert list(found) == list(expected) == [f"{i}.png" for i in (0, 2, 3, 4, 5)]
+    assert list(found) == list(expected) == [f"{i}.png" for i in good]
     assert found == pytest.approx(expected, rel=1e-5)
     ends = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [end["code"] for end in ends] == [2, 2]
     assert f"{pictures}/1.png: cannot read the image" in ends[0]["err"]
-    assert f"{pictures}/7.png, {pictures}/8.png; all others were predicted" in ends[0]["err"]
+    others = ", ".join(f"{pictures}/{i}.png" for i in bad[1:])
+    assert f"; nor can be read: {others}; all others were predicted" in ends[0]["err"]
     assert "penstock:" not in ends[1]["err"]
-    heats = [sorted(p.name for p in (tmp_path / run / "predictions" / "heat").iterdir()) for run in ("one", "two")]
-    assert heats[0] == heats[1]
+    for run in ("one", "two"):
+        heats = sorted((tmp_path / run / "predictions" / "heat").iterdir())
+        assert [path.name for path in heats] == [f"{i}.png" for i in good]
 
 
 if __name__ == "__main__":
