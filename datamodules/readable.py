@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from penstock.datamodules.sampling import KeyedLoader, Rows
 from penstock.lightning_modules.errors import UserError
@@ -35,21 +33,22 @@ class Readable:
         try:
             return self.rows.fetch(rows)
         except UserError:
-            samples, lines = self._read(rows.tolist())
-        others = (self._read([row])[0] for row in range(len(self)))
-        if not (samples := samples or next(filter(None, others), None)):
+            lines = self._unreadable(rows.tolist())
+        found = [row for row in rows.tolist() if row not in lines]
+        others = ([row] for row in range(len(self)) if not self._unreadable([row]))
+        if not (found := found or next(others, [])):
             raise UserError(next(iter(lines.values())))
-        return {**_joined(samples), UNREADABLE: lines}
+        return {**self.rows.fetch(np.array(found)), UNREADABLE: lines}
 
-    def _read(self, rows: list[int]) -> tuple[list[dict[str, Any]], dict[int, str]]:
-        """Samples one by one, and what was wrong with the others."""
-        samples, lines = [], {}
+    def _unreadable(self, rows: list[int]) -> dict[int, str]:
+        """What is wrong with those of some rows that cannot be read."""
+        lines = {}
         for row in rows:
             try:
-                samples.append(self.rows.fetch(np.array([row])))
+                self.rows.fetch(np.array([row]))
             except UserError as error:
                 lines[row] = str(error)
-        return samples, lines
+        return lines
 
 
 class PredictionLoader:
@@ -81,11 +80,3 @@ def refusal(lines: dict[int, str]) -> UserError:
     first, *others = (lines[row] for row in sorted(lines))
     names = ", ".join(line.split(": ")[0] for line in others)
     return UserError(f"{first}{names and f'; nor can be read: {names}'}; all others were predicted", everywhere=True)
-
-
-def _joined(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {
-        key: torch.cat(parts) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]
-        for key, parts in columns.items()
-    }

@@ -34,6 +34,20 @@ def test_what_can_be_read_is_left():
     assert found["unreadable"] == {4: "4.png: cannot be read", 1: "1.png: cannot be read"}
 
 
+class Uneven(Broken):
+    """Samples of several sizes, padded to the largest of a batch, and lists of several lengths."""
+
+    def fetch(self, rows):
+        super().fetch(rows)
+        return {"x": torch.ones(len(rows), int(rows.max())), "boxes": [torch.ones(row) for row in rows.tolist()]}
+
+
+def test_samples_of_several_sizes_are_left_as_one_batch():
+    found = Readable(Uneven(6, {1, 5})).fetch(np.array([2, 1, 4, 5]))
+    assert (found["x"].shape, [len(boxes) for boxes in found["boxes"]]) == ((2, 4), [2, 4])
+    assert found["unreadable"].keys() == {1, 5}
+
+
 def test_no_batch_is_empty():
     found = Readable(Broken(6, {0, 1, 4})).fetch(np.array([4, 1]))
     assert (found["x"].tolist(), set(found["unreadable"])) == ([20], {1, 4})
