@@ -126,6 +126,21 @@ def test_lists_move_with_the_batch(tmp_path):
     assert same(data.transfer_batch_to_device(batch, torch.device("cpu"), 0), batch)
 
 
+@pytest.mark.parametrize("memory_gb", [0, 4])
+def test_training_images_of_several_sizes_are_resized_once_and_not_mirrored(tmp_path, memory_gb):
+    coco(tmp_path, (("train", 20), ("val", 1)))
+    data = ready(tmp_path, min_size=[40, 64, 52], memory_gb=memory_gb)
+    for batch in data.train_dataloader():
+        for k, (number, (height, width)) in enumerate(zip(batch["index"].tolist(), batch["size"].tolist())):
+            image = tv_tensors.Image(Image.open(data.where(number)).convert("RGB"))
+            boxes = tv_tensors.BoundingBoxes(
+                data.targets([number])[0]["boxes"], format="XYXY", canvas_size=image.shape[1:]
+            )
+            image, boxes = v2.Resize((height, width), antialias=True)(image, boxes)
+            assert torch.equal(batch["image"][k, :, :height, :width], image)
+            assert torch.equal(batch["boxes"][k], boxes)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_flips_are_keyed_and_those_of_torchvision(tmp_path, attach, workers):
     coco(tmp_path, (("train", 40), ("val", 1)))
