@@ -1,6 +1,6 @@
 """FCOS, arXiv 1904.01355, and ATSS, arXiv 1912.02424: boxes weighed by how near an object's middle they are made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,18 @@ from penstock.lightning_modules.detection.coding import Deltas, Distances
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs, rows_of, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
-Assign = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+class Assign:
+    """Rule by which priors are an object's."""
+
+    def __call__(self, priors: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Number `(n,)` of the box of each prior of all levels, or `NEGATIVE`.
+
+        Args:
+            priors: `(n_l, 4)` of every level.
+            boxes: `(m, 4)`, at least one.
+        """
+        raise NotImplementedError
 
 
 def reach(points: Tensor, boxes: Tensor) -> Tensor:
@@ -31,7 +42,7 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ByDistance:
+class ByDistance(Assign):
     """FCOS's rule: a cell near the middle of an object, on the level made for objects of its size, is the object's.
 
     Of several objects the smallest has the cell.
@@ -62,7 +73,7 @@ class ByDistance:
 
 
 @dataclass(frozen=True)
-class ByStatistics:
+class ByStatistics(Assign):
     """ATSS's rule: an object's are those of the nearest anchors that overlap it by more than their mean and deviation.
 
     An anchor of several objects goes to the one that it overlaps most.

@@ -1,0 +1,120 @@
+"""COCO's metrics against pycocotools, and the file of results."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.lightning_modules.callbacks.detection_metrics import average_precision, write_results
+
+CLASSES = ["cat", "dog", "bird", "fish"]
+
+
+def boxes(n: int, generator: torch.Generator) -> Tensor:
+    low = torch.rand(n, 2, generator=generator) * 200
+    return torch.cat([low, low + 4 + torch.rand(n, 2, generator=generator) * 150], 1).round()
+
+
+@pytest.fixture
+def scenes() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Detections near objects and elsewhere, crowds, images without either; nothing is a fish."""
+    generator = torch.Generator().manual_seed(0)
+    found, targets = [], []
+    for image in range(12):
+        n = image % 4
+        own, labels = boxes(n, generator), torch.randint(0, 3, (n,), generator=generator)
+        near = own + torch.randn(own.shape, generator=generator).mul(6).round()
+        guesses = boxes(image % 3, generator)
+        other = torch.randint(0, 3, (len(guesses),), generator=generator)
+        found.append(
+            {
+                "boxes": torch.cat([near, guesses]),
+                "scores": torch.randperm(n + len(guesses), generator=generator) / 16 + image / 256,
+                "labels": torch.cat([labels, other]),
+            }
+        )
+        targets.append(
+            {
+                "boxes": own,
+                "labels": labels,
+                "iscrowd": (torch.arange(n) == 2).long(),
+                "area": (own[:, 2:] - own[:, :2]).prod(1),
+                "image_id": torch.tensor(100 + image),
+            }
+        )
+    return found, targets
+
+
+def pycocotools(file, targets: list[dict[str, Tensor]], ids: list[int]):
+    coco, evaluation = (pytest.importorskip(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
+    annotations = []
+    for target in targets:
+        for row, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": int(target["image_id"]),
+                    "category_id": ids[int(target["labels"][row])],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": float(target["area"][row]),
+                    "iscrowd": int(target["iscrowd"][row]),
+                }
+            )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = {
+            "images": [{"id": int(target["image_id"])} for target in targets],
+            "annotations": annotations,
+            "categories": [{"id": ids[k], "name": name} for k, name in enumerate(CLASSES)],
+        }
+        truth.createIndex()
+        result = evaluation.COCOeval(truth, truth.loadRes(str(file)), "bbox")
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return result
+
+
+def test_against_pycocotools(tmp_path, scenes):
+    found, targets = scenes
+    ids = [17, 18, 16, 3]
+    write_results(tmp_path / "detections" / "test.json", found, targets, ids)
+    expected = pycocotools(tmp_path / "detections" / "test.json", targets, ids)
+    values = average_precision(found, targets, CLASSES)
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100"]
+    names += ["ar_small", "ar_medium", "ar_large"]
+    for name, value in zip(names, expected.stats):
+        if value < 0:
+            assert name not in values
+        else:
+            assert values[name] == pytest.approx(value, abs=1e-6), name
+    assert 0.1 < values["ap50"] < 0.95
+    precision = expected.eval["precision"]  # overlap, recall, class, area, number
+    for k, name in enumerate(CLASSES):
+        own = precision[:, :, expected.params.catIds.index(ids[k]), 0, -1]
+        if (own > -1).any():
+            assert values[f"ap_of/{name}"] == pytest.approx(own[own > -1].mean(), abs=1e-6)
+        else:
+            assert f"ap_of/{name}" not in values
+
+
+def test_perfect_detections_and_none(scenes):
+    _, targets = scenes
+    perfect = [{"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["boxes"]))} for t in targets]
+    values = average_precision(perfect, targets, CLASSES)
+    assert values["ap"] == values["ap50"] == values["ar_100"] == pytest.approx(1)
+    none = [
+        {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64), "scores": torch.empty(0)}
+        for _ in targets
+    ]
+    assert average_precision(none, targets, CLASSES)["ap"] == 0
+
+
+def test_results_file(tmp_path):
+    one = {"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
+    write_results(tmp_path / "r.json", [one], [{"image_id": torch.tensor(7)}], [3, 9])
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert rows == [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 6], "score": 0.5}]

@@ -1,0 +1,68 @@
+"""SEPC end to end on small scenes of digits, with every host and neck."""
+
+import json
+
+import pytest
+import torch
+
+from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.cli import main
+
+TINY = [
+    "experiment=sepc_bccd",
+    "data=digit_scenes",
+    "net=detector_mobilenetv2_tf",
+    "image_size=96",
+    "model.net.channels=16",
+    "model.net.backbone.model=mobilenetv2_035",
+    "model.net.backbone.weights=random",
+    "data.batch_size=2",
+    "trainer.max_epochs=1",
+    "trainer.check_val_every_n_epoch=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=2",
+    "logger=csv",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_run_dir(monkeypatch):
+    monkeypatch.delenv("RUN_DIR", raising=False)
+
+
+PAIRS = {
+    "retina": "towers",
+    "free_anchor": "pconv",
+    "fsaf": "pconv_ibn",
+    "fcos": "sepc_lite",
+    "atss": "sepc",
+}
+
+
+@pytest.mark.parametrize("host", PAIRS)
+def test_fit_and_test(host, tmp_path):
+    run = tmp_path / "run"
+    assert main(["fit", *TINY, f"host={host}", f"neck={PAIRS[host]}", f"run_dir={run}"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
+    assert all(value == value for value in metrics.values())
+    rows = json.loads((run / "detections" / "test.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(rows[0]) if rows else True
+    model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    batch = {
+        "image": torch.rand(2, 3, 96, 96) * 2 - 1,
+        "index": torch.arange(2),
+        "size": torch.tensor([[96, 96], [64, 80]]),
+        "original_size": torch.tensor([[192, 96], [64, 80]]),
+    }
+    with torch.no_grad():
+        found = model.eval().predict_step(batch, 0)
+    for boxes, limit in zip(found["boxes"], ((96, 192), (80, 64))):
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([*limit, *limit])).all()
+
+
+def test_classes_of_other_data(tmp_path, capsys):
+    assert main(["fit", *TINY, "num_classes=4", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "model.net.host.num_classes: found 4, expected 10, the data's classes" in capsys.readouterr().err
