@@ -61,3 +61,39 @@ class WarmupCosine(LRScheduler):
             phase = min((n - self.warmup) / (self.total - self.warmup), 1.0)
             factor = self.floor + (1 - self.floor) * (1 + math.cos(math.pi * phase)) / 2
         return [base * factor for base in self.base_lrs]
+
+
+class WarmupSteps(LRScheduler):
+    """Linear warm-up from a part of the base, then steps down, as detectors are trained (arXiv 2005.03101 code).
+
+    In update n: start + (1 - start) n / warmup before `warmup`; else `factor` to the power of how many of `at` n has
+    reached; all times the base.
+
+    Args:
+        optimizer: its learning rates are the base.
+        at: updates at which the rate falls, ascending.
+        factor: of each fall, in (0, 1].
+        warmup: updates until the base is reached.
+        start: first learning rate as a fraction of the base, in [0, 1].
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, at: list[int], factor: float = 0.1, warmup: int = 500, start: float = 1 / 3
+    ):
+        if warmup < 0 or at != sorted(at) or min(at, default=warmup) < warmup:
+            raise UserError(f"model.scheduler.at: found {at} with warmup={warmup}, expected ascending numbers after it")
+        if not 0 < factor <= 1:
+            raise UserError(f"model.scheduler.factor: found {factor}, expected a number in (0, 1]")
+        if not 0 <= start <= 1:
+            raise UserError(f"model.scheduler.start: found {start}, expected a number in [0, 1]")
+        self.at, self.factor, self.warmup, self.start = at, factor, warmup, start
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rates of the next update, one for each parameter group."""
+        n = self.last_epoch
+        if n < self.warmup:
+            factor = self.start + (1 - self.start) * n / self.warmup
+        else:
+            factor = self.factor ** sum(n >= step for step in self.at)
+        return [base * factor for base in self.base_lrs]

@@ -4,19 +4,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.backbone import Backbone
 
 
 class TrainedBackbone(Backbone):
-    """`Backbone` that trains from a stage on; it stays in evaluation mode, so that running statistics do not move.
+    """`Backbone` that trains from a stage on.
+
+    With `norm_eval` it stays in evaluation mode, so that running statistics do not move; else what trains takes the
+    statistics of its batches, as it must from random weights.
 
     Args:
         model: timm model name, or `hf-hub:<owner>/<name>`.
         layers: Numbers of the maps, as timm counts them.
         frozen: Number of the last map whose layers are frozen, with all before it; -1 freezes none.
+        norm_eval: See above.
         weights: `hub`, a file of the model's state dict, or `random`.
         pad_type: `same` for models with TensorFlow's padding; None is the model's own.
         mean: Of RGB values in [0, 1]; None is what the model was trained with.
@@ -31,6 +35,7 @@ class TrainedBackbone(Backbone):
         model: str,
         layers: Sequence[int] = (2, 3, 4),
         frozen: int = 1,
+        norm_eval: bool = True,
         weights: str = "hub",
         pad_type: Literal["same"] | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -42,9 +47,17 @@ class TrainedBackbone(Backbone):
             raise UserError(f"backbone.frozen: found {frozen}, expected -1 to {len(stages) - 1} of {model}")
         modules = dict(self.net.named_modules())
         last = max((k for k, name in enumerate(modules) if _of(name, stages[: frozen + 1])), default=-1)
-        for k, module in enumerate(modules.values()):
+        self.norm_eval, trained = norm_eval, list(modules.values())[last + 1 :]
+        self.trained_norms = [] if norm_eval else [module for module in trained if isinstance(module, nn.BatchNorm2d)]
+        for module in trained:
             for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(k > last)
+                parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "TrainedBackbone":
+        super().train(mode)
+        for norm in self.trained_norms:
+            norm.train(mode)
+        return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Maps `(B, C_l, H_l, W_l)` of images `(B, 3, H, W)` in [-1, 1]."""

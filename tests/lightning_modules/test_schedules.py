@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine
+from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine, WarmupSteps
 
 
 def rates(build, steps):
@@ -43,6 +43,25 @@ def test_cosine_with_warmup():
     found = [a for a, _ in rates(lambda o: WarmupCosine(o, total=10, warmup=2, floor=0.1), 13)]
     expected = [0, 0.5] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(8)] + [0.1] * 3
     assert found == pytest.approx(expected)
+
+
+def test_steps_with_warmup():
+    found = [a for a, _ in rates(lambda o: WarmupSteps(o, at=[5, 7], factor=0.1, warmup=3, start=0.4), 9)]
+    assert found == pytest.approx([0.4, 0.6, 0.8, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": [7, 5]}, "model.scheduler.at"),
+        ({"at": [400]}, "model.scheduler.at"),
+        ({"at": [600], "factor": 0}, "model.scheduler.factor"),
+        ({"at": [600], "start": 2}, "model.scheduler.start"),
+    ],
+)
+def test_steps_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        rates(lambda o: WarmupSteps(o, **options), 1)
 
 
 def test_resumed_schedule_continues():

@@ -69,6 +69,18 @@ def test_what_trains(model, frozen, first):
     assert grads == trained
 
 
+def test_norms_of_what_trains():
+    backbone = TrainedBackbone("resnet18", frozen=1, norm_eval=False, weights="random").train()
+    before = {name: x.clone() for name, x in backbone.net.named_buffers()}
+    backbone(torch.rand(2, 3, 64, 64))
+    moved = {name for name, x in backbone.net.named_buffers() if not torch.equal(x, before[name])}
+    assert moved == {name for name in before if name.startswith(("layer2", "layer3", "layer4"))}
+    backbone.eval()
+    before = {name: x.clone() for name, x in backbone.net.named_buffers()}
+    backbone(torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(x, before[name]) for name, x in backbone.net.named_buffers())
+
+
 def test_numbers_that_are_no_maps():
     with pytest.raises(UserError, match=r"backbone.frozen: found 9, expected -1 to 4 of resnet18"):
         TrainedBackbone("resnet18", frozen=9, weights="random")
