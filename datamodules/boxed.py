@@ -307,7 +307,7 @@ def _scaled(batch: dict[str, Any], pixels: Pixels) -> dict[str, Any]:
     image = batch["image"]
     if image.is_floating_point():
         return batch
-    return {**batch, "image": pixels.scale(image).masked_fill_(~without_padding(image, batch["size"]), 0)}
+    return {**batch, "image": pixels.scale(image).mul_(without_padding(image, batch["size"]))}
 
 
 def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:

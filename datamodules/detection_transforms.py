@@ -41,8 +41,8 @@ class Resizing:
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 `(3, H, W)` at another size: bilinear, antialiased."""
-    return v2.resize(tv_tensors.Image(image), list(size), antialias=True).as_subclass(Tensor)
+    """uint8 `(3, H, W)`, of any strides, at another size, contiguous: bilinear, antialiased."""
+    return v2.resize(tv_tensors.Image(image), list(size), antialias=True).as_subclass(Tensor).contiguous()
 
 
 def transformed(
@@ -80,6 +80,8 @@ def padded(images: Sequence[Tensor], multiple: int) -> Tensor:
 
 
 def without_padding(image: Tensor, size: Tensor) -> Tensor:
-    """bool `(B, 1, H, W)`: pixels of a padded batch `(B, 3, H, W)` that belong to images of `size` `(B, 2)`."""
-    rows, columns = (torch.arange(side, device=image.device) for side in image.shape[2:])
-    return (rows < size[:, :1])[:, None, :, None] & (columns < size[:, 1:])[:, None, None, :]
+    """Float `(B, 1, H, W)`: 1 where a padded batch `(B, 3, H, W)` has pixels of images of `size` `(B, 2)`, else 0."""
+    rows, columns = (
+        (torch.arange(side, device=image.device) < own[:, None]).float() for side, own in zip(image.shape[2:], size.T)
+    )
+    return (rows[:, :, None] * columns[:, None, :])[:, None]

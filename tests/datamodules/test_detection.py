@@ -501,7 +501,7 @@ def test_fingerprint_changes_with_content_and_settings(tmp_path):
     base = ready(tmp_path).fingerprint
     assert ready(tmp_path, seed=9, num_workers=1, memory_gb=0).fingerprint == base
     settings = [{"min_size": 48}, {"max_size": 100}, {"classes": ["cat"]}, {"keep_empty": True}, {"flip": True}]
-    settings += [{"classes": {"pet": ["cat", "dog"]}}, {"classes": {"pet": ["cat", "toothbrush"]}}]
+    settings += [{"classes": {"pet": ["cat", other]}, "keep_empty": True} for other in ("dog", "toothbrush")]
     prints = {ready(tmp_path, **s).fingerprint for s in settings}
     content, write = edit(tmp_path)
     content["annotations"][0]["bbox"][2] += 0.5
