@@ -146,7 +146,7 @@ class TrainingView(View):
 
 
 class BoxedData(KindDataModule):
-    """Images to find objects in. `build` ends with `furnish`.
+    """Images to find objects in. A subclass has `build`, which ends with `furnish`, and `where`.
 
     Batches have
 
@@ -238,8 +238,8 @@ class BoxedData(KindDataModule):
         return BoxedStore(table, source, self.resizing, self.pad_multiple, in_memory=in_memory), numbers
 
     def where(self, number: int) -> str:
-        """Name of an image, its path where it is a file."""
-        return self.store.source.where(number)
+        """Name of a sample: a path without its root, one of its own for each."""
+        raise NotImplementedError
 
     def targets(self, numbers: Tensor | np.ndarray) -> list[dict[str, Tensor]]:
         """What evaluation compares predictions with, crowds among it.

@@ -114,3 +114,8 @@ class Detection(BoxedData):
             (self.class_names, self.classes, self.resizing, self.pad_multiple, self.pixels),
         )
         return store, numbers
+
+    def where(self, number: int) -> str:
+        """Path of an image from the folder of the data."""
+        source = self.store.source
+        return source.files[number].relative_to(source.root).as_posix()

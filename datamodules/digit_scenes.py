@@ -205,6 +205,11 @@ class DigitScenes(BoxedData):
         self.fingerprint = fingerprint("digit_scenes", source.content(), table.boxes, self.counts, self.keep_empty)
         return self.furnish(table, source, numbers)
 
+    def where(self, number: int) -> str:
+        """Split and number of a scene, `test/00012`."""
+        split = int(np.searchsorted(np.cumsum(self.counts), number, side="right"))
+        return f"{SPLITS[split]}/{number - sum(self.counts[:split]) + 1:05d}"
+
 
 def shares(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the digits of train, val and test, disjoint, the same for every seed of a run."""

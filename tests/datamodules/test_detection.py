@@ -62,6 +62,7 @@ def test_batches_are_what_the_file_says(tmp_path):
     content, found = written(tmp_path)
     assert (data.class_names, data.category_ids, data.num_classes) == (["cat", "dog", "toothbrush"], [2, 7, 90], 3)
     assert {split: len(n) for split, n in data.numbers.items()} == {"train": 20, "val": 5, "test": 4}
+    assert [data.where(number) for number in (0, 20, 28)] == ["train/0000.png", "val/0000.png", "test/0003.png"]
     seen = []
     for batch in data.reference_dataloader("train"):
         assert set(batch) == {"image", "size", "original_size", "boxes", "label", "index"}
@@ -88,7 +89,9 @@ def test_images_are_resized_padded_with_grey_and_scaled(tmp_path):
         assert batch["image"].shape[2:] == tuple(-(-side // 32) * 32 for side in batch["size"].amax(0).tolist())
         for image, (height, width), number in zip(batch["image"], batch["size"].tolist(), batch["index"].tolist()):
             resize = v2.Resize((height, width), antialias=True)
-            expected = resize(tv_tensors.Image(Image.open(data.where(number)).convert("RGB"))).float() / 127.5 - 1
+            expected = (
+                resize(tv_tensors.Image(Image.open(tmp_path / data.where(number)).convert("RGB"))).float() / 127.5 - 1
+            )
             torch.testing.assert_close(image[:, :height, :width], expected.as_subclass(torch.Tensor))
             assert not image[:, height:].any()
             assert not image[:, :, width:].any()
@@ -132,7 +135,7 @@ def test_training_images_of_several_sizes_are_resized_once_and_not_mirrored(tmp_
     data = ready(tmp_path, min_size=[40, 64, 52], memory_gb=memory_gb)
     for batch in data.train_dataloader():
         for k, (number, (height, width)) in enumerate(zip(batch["index"].tolist(), batch["size"].tolist())):
-            image = tv_tensors.Image(Image.open(data.where(number)).convert("RGB"))
+            image = tv_tensors.Image(Image.open(tmp_path / data.where(number)).convert("RGB"))
             boxes = tv_tensors.BoundingBoxes(
                 data.targets([number])[0]["boxes"], format="XYXY", canvas_size=image.shape[1:]
             )

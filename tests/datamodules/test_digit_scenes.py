@@ -28,6 +28,10 @@ def test_batches():
         "val": 20,
         "test": 20,
     }
+    assert [data.where(n) for n in (0, 79, 80, 100, 119)] == [
+        f"{split}/{n:05d}" for split, n in (("train", 1), ("train", 80), ("val", 1), ("test", 1), ("test", 20))
+    ]
+    assert [t["image_id"].item() for t in data.targets(np.array([0, 79, 80, 119]))] == [1, 80, 1, 20]
     for batch in data.reference_dataloader("test"):
         assert (batch["image"].shape[1:], batch["image"].dtype) == ((3, 96, 96), torch.float32)
         assert batch["size"].tolist() == batch["original_size"].tolist() == [[96, 96]] * len(batch["index"])
