@@ -1,4 +1,4 @@
-"""SEPC, arXiv 2005.03101: one-stage detectors whose two towers are replaced by a pyramid convolution neck."""
+"""SEPC, arXiv 2005.03101: detectors with a pyramid convolution neck, and the same detectors without it."""
 
 from typing import Any
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import Detector
+from penstock.lightning_modules.nets.two_stage import TwoStageDetector
 from penstock.lightning_modules.training import optimizers
 
 
 class Sepc(LightningModule):
-    """A detector that trains its host's losses; with `nets.detector.Towers` as the neck it is the host's own baseline.
+    """Trains a detector: one-stage with a neck and a host, or two-stage with pyramid convolutions.
 
     Args:
-        net: Backbone, pyramid, neck, head and host.
+        net: Gives `losses` and `detections`.
         optimizer: Of all that trains.
         scheduler: By steps.
         pad_multiple: Each image is padded to a multiple of it before it is padded to the size of its batch; no anchor
@@ -26,7 +27,7 @@ class Sepc(LightningModule):
 
     def __init__(
         self,
-        net: Detector,
+        net: Detector | TwoStageDetector,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None = None,
         pad_multiple: int = 32,
@@ -44,9 +45,9 @@ class Sepc(LightningModule):
         if self.initial:
             self.net.backbone.load()
             self.initial = None
-        classes, own = getattr(self.trainer.datamodule, "num_classes", None), self.net.host.num_classes
+        classes, own = getattr(self.trainer.datamodule, "num_classes", None), self.net.num_classes
         if stage == "fit" and classes is not None and classes != own:
-            raise UserError(f"model.net.host.num_classes: found {own}, expected {classes}, the data's classes")
+            raise UserError(f"num_classes: found {own}, expected {classes}, the data's classes")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.losses(batch)
@@ -57,11 +58,11 @@ class Sepc(LightningModule):
         return loss
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The host's losses of a batch with `image`, `size`, `boxes` and `label`."""
+        """Losses of a batch with `image`, `size`, `boxes` and `label`."""
         multiple = self.pad_multiple
         padded = (-(-batch["size"] // multiple) * multiple).tolist()
         objects = [Objects(boxes, labels) for boxes, labels in zip(batch["boxes"], batch["label"])]
-        return self.net.host.losses(self.net(batch["image"]), objects, padded)
+        return self.net.losses(batch["image"], objects, padded)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """What `predict_step` gives."""
@@ -73,7 +74,7 @@ class Sepc(LightningModule):
         """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`."""
         size = batch["size"].to(torch.float32)
         scales = (size / batch["original_size"]).flip(1).repeat(1, 2)
-        found = self.net.host.detections(self.net(batch["image"]), batch["size"].tolist(), scales)
+        found = self.net.detections(batch["image"], batch["size"].tolist(), scales)
         columns = ("boxes", "scores", "labels")
         return {"index": batch["index"], **{name: [getattr(one, name) for one in found] for name in columns}}
 

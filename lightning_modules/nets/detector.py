@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from penstock.lightning_modules.detection.host import Host, Outputs
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs
+from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 
@@ -88,5 +89,27 @@ class Detector(nn.Module):
         self.pyramid = FeaturePyramid(backbone.channels, channels, coarse)
         self.head = Head(channels, host)
 
+        self.num_classes = host.num_classes
+
     def forward(self, image: Tensor) -> Outputs:
         return self.head(self.neck(self.pyramid(self.backbone(image))))
+
+    def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Scalars by name, to be summed up.
+
+        Args:
+            image: `(B, 3, H, W)` in [-1, 1].
+            objects: Of every image.
+            padded: Height and width of the images with their own padding.
+        """
+        return self.host.losses(self(image), objects, padded)
+
+    def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
+        """Boxes of every image.
+
+        Args:
+            image: `(B, 3, H, W)` in [-1, 1].
+            sizes: Height and width of the images without padding.
+            scales: What boxes are divided by, `(B, 4)`.
+        """
+        return self.host.detections(self(image), sizes, scales)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 
 class CoarseLevels(ExtraFPNBlock):
@@ -37,14 +37,15 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: C_l.
         channels: Of every level.
-        coarse: Levels beyond the backbone's.
+        coarse: Levels beyond the backbone's, made of its last map.
+        pooled: In their place one of every other cell of the last level, as two-stage detectors have.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int = 256, coarse: int = 2):
+    def __init__(self, in_channels: Sequence[int], channels: int = 256, coarse: int = 2, pooled: bool = False):
         super().__init__()
-        extra = CoarseLevels(in_channels[-1], channels, coarse) if coarse else None
+        extra = LastLevelMaxPool() if pooled else CoarseLevels(in_channels[-1], channels, coarse) if coarse else None
         self.fpn = FeaturePyramidNetwork(list(in_channels), channels, extra)
-        self.channels, self.levels = channels, len(in_channels) + coarse
+        self.channels, self.levels = channels, len(in_channels) + (1 if pooled else coarse)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)

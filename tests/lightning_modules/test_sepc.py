@@ -63,6 +63,13 @@ def test_fit_and_test(host, tmp_path):
         assert (boxes <= torch.tensor([*limit, *limit])).all()
 
 
+def test_two_stages(tmp_path):
+    run = tmp_path / "run"
+    words = [word for word in TINY if not word.startswith(("net=", "experiment="))]
+    assert main(["fit", "experiment=sepc_bccd_two_stage", *words, "model.net.hidden=32", f"run_dir={run}"]) == 0
+    assert {"ap", "ap50"} <= json.loads((run / "metrics.json").read_text()).keys()
+
+
 def test_classes_of_other_data(tmp_path, capsys):
     assert main(["fit", *TINY, "num_classes=4", f"run_dir={tmp_path / 'run'}"]) == 2
-    assert "model.net.host.num_classes: found 4, expected 10, the data's classes" in capsys.readouterr().err
+    assert "num_classes: found 4, expected 10, the data's classes" in capsys.readouterr().err

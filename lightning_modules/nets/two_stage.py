@@ -1,0 +1,105 @@
+"""Faster R-CNN, arXiv 1506.01497, on torchvision's parts, with pyramid convolutions between pyramid and heads."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
+
+from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.selection import Found
+from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
+from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
+from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
+
+RATIOS = (0.5, 1.0, 2.0)
+WINDOW = 7  # cells of a side of what is seen of a proposal
+
+
+class Levels(nn.Module):
+    """Maps `(B, channels, H_l, W_l)` by name, of images `(B, 3, H, W)`: P2 to P5, and P6, which only proposals see.
+
+    Both proposals and boxes are made of what the pyramid convolutions give (arXiv 2005.03101, two-stage detectors).
+
+    Args:
+        backbone: With maps of strides 4 to 32.
+        channels: Of every level.
+        layers: Of pyramid convolutions; 0 is the plain detector.
+        ibn: With integrated batch norm.
+        deformable: Scale-equalizing.
+    """
+
+    def __init__(self, backbone: TrainedBackbone, channels: int, layers: int, ibn: bool, deformable: bool):
+        super().__init__()
+        self.backbone, self.out_channels = backbone, channels
+        self.pyramid = FeaturePyramid(backbone.channels, channels, coarse=0, pooled=True)
+        self.Pconvs = nn.ModuleList(PyramidConv(channels, deformable, ibn) for _ in range(layers))
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        maps = self.pyramid(self.backbone(image))
+        for layer in self.Pconvs:
+            maps = layer(maps)
+        return {str(level): y for level, y in enumerate(maps)}
+
+
+class TwoStageDetector(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1] to boxes, by proposals.
+
+    Args:
+        backbone: With maps of strides 4, 8, 16 and 32.
+        num_classes: K.
+        channels: Of the pyramid.
+        layers: Of pyramid convolutions; 0 is the plain detector.
+        ibn: With integrated batch norm.
+        deformable: Scale-equalizing.
+        anchor: Side of an anchor over the stride of its level.
+        hidden: Width of the boxes' head.
+    """
+
+    def __init__(
+        self,
+        backbone: TrainedBackbone,
+        num_classes: int,
+        channels: int = 256,
+        layers: int = 4,
+        ibn: bool = False,
+        deformable: bool = False,
+        anchor: int = 8,
+        hidden: int = 1024,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        levels = Levels(backbone, channels, layers, ibn, deformable)
+        strides = [4 * 2**level for level in range(levels.pyramid.levels)]
+        self.net = FasterRCNN(
+            levels,
+            rpn_anchor_generator=AnchorGenerator(tuple((anchor * s,) for s in strides), (RATIOS,) * len(strides)),
+            box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(strides) - 1)], WINDOW, 2),
+            box_head=TwoMLPHead(channels * WINDOW**2, hidden),
+            box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
+        )
+
+    @property
+    def backbone(self) -> TrainedBackbone:
+        return self.net.backbone.backbone
+
+    def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Losses of proposals and of boxes, scalars by name."""
+        targets = [{"boxes": one.boxes, "labels": one.labels + 1} for one in objects]
+        _, losses = self._run(image, padded, targets)
+        return {name.removeprefix("loss_"): value for name, value in losses.items()}
+
+    def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
+        """Boxes of every image, see `Detector.detections`."""
+        found, _ = self._run(image, sizes, None)
+        return [Found(one["boxes"] / scale, one["scores"], one["labels"] - 1) for one, scale in zip(found, scales)]
+
+    def _run(self, image: Tensor, sizes: Sequence[Sequence[int]], targets: list[dict[str, Tensor]] | None) -> tuple:
+        images = ImageList(image, [tuple(size) for size in sizes])
+        maps = self.net.backbone(image)
+        proposals, losses = self.net.rpn(images, maps, targets)
+        found, own = self.net.roi_heads(maps, proposals, images.image_sizes, targets)
+        return found, {**losses, **own}
