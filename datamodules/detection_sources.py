@@ -59,13 +59,15 @@ def open_boxed(root: Path) -> BoxedSet:
         return open_coco(root)
     if is_voc(root):
         return open_voc(root)
-    nested = next((p for p in sorted(root.rglob("*")) if p.is_dir() and (is_coco(p) or is_voc(p))), None)
-    names = [p.name for p in sorted((root / "annotations" if (root / "annotations").is_dir() else root).iterdir())]
-    found = ", ".join(names[:8]) or "nothing"
+    below = (p for pattern in ("*", "*/*") for p in sorted(root.glob(pattern)) if p.is_dir())
+    nested = next((p for p in below if is_coco(p) or is_voc(p)), None)
     place = root / "annotations" if (root / "annotations").is_dir() else root
+    names = sorted(p.name for p in place.iterdir())
     near = did_you_mean("instances_train.json", [name for name in names if name.endswith(".json")])
     hint = f"; set data.data_dir={nested}" if nested else near
-    raise UserError(f"{place}: not a detection set; found {found}; expected {EXPECTED}{hint}")
+    raise UserError(
+        f"{place}: not a detection set; found {', '.join(names[:8]) or 'nothing'}; expected {EXPECTED}{hint}"
+    )
 
 
 def is_coco(folder: Path) -> bool:
