@@ -7,10 +7,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from penstock.datamodules.detection_transforms import Resizing, padded, resized
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.nets.detector import Detector
-from penstock.lightning_modules.nets.two_stage import TwoStageDetector
+from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.training import optimizers
 
 
@@ -23,18 +23,29 @@ class Sepc(LightningModule):
         scheduler: By steps.
         pad_multiple: Each image is padded to a multiple of it before it is padded to the size of its batch; no anchor
             lies in the latter.
+        min_size: Shorter side that pictures of a folder are resized to; None leaves them as they are.
+        max_size: Their longer side is at most this.
+
+    Attributes:
+        classes: Name and id of every class of the data, kept in the checkpoint.
     """
 
     def __init__(
         self,
-        net: Detector | TwoStageDetector,
+        net: BoxNetwork,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None = None,
         pad_multiple: int = 32,
+        min_size: int | None = None,
+        max_size: int = 1333,
     ):
         super().__init__()
         self.net, self.optimizer, self.scheduler, self.pad_multiple = net, optimizer, scheduler, pad_multiple
+        self.resizing = None if min_size is None else Resizing((min_size,), max_size)
         self.initial: str | None = net.backbone.weights
+        self.classes: list[tuple[str, int]] = []
+
+    image_size = None  # of pictures of a folder: any, one in a batch
 
     def setup(self, stage: str) -> None:
         """Loads the backbone, unless a checkpoint brings it.
@@ -45,9 +56,18 @@ class Sepc(LightningModule):
         if self.initial:
             self.net.backbone.load()
             self.initial = None
-        classes, own = getattr(self.trainer.datamodule, "num_classes", None), self.net.num_classes
-        if stage == "fit" and classes is not None and classes != own:
-            raise UserError(f"num_classes: found {own}, expected {classes}, the data's classes")
+        if stage != "fit":
+            return
+        data, own = self.trainer.datamodule, self.net.num_classes
+        if data.num_classes != own:
+            raise UserError(f"num_classes: found {own}, expected {data.num_classes}, the data's classes")
+        self.classes = list(zip(data.class_names, data.category_ids))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"] = self.classes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.classes = [tuple(row) for row in checkpoint.get("classes", [])]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.losses(batch)
@@ -71,12 +91,26 @@ class Sepc(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`."""
+        """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`.
+
+        A batch without `size` is of pictures as they are.
+        """
+        batch = batch if "size" in batch else self._resized(batch)
         size = batch["size"].to(torch.float32)
         scales = (size / batch["original_size"]).flip(1).repeat(1, 2)
         found = self.net.detections(batch["image"], batch["size"].tolist(), scales)
         columns = ("boxes", "scores", "labels")
         return {"index": batch["index"], **{name: [getattr(one, name) for one in found] for name in columns}}
+
+    def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as the data for detectors would give it."""
+        image = batch["image"]
+        original = tuple(image.shape[-2:])
+        size = original if self.resizing is None else self.resizing.size(*original)
+        pixels = ((image + 1) * 127.5).round().to(torch.uint8)
+        small = torch.stack([resized(one, size) for one in pixels]).to(image.dtype) / 127.5 - 1
+        sizes = torch.tensor([size, original], device=image.device).unsqueeze(1).expand(-1, len(image), -1)
+        return {**batch, "image": padded(list(small), self.pad_multiple), "size": sizes[0], "original_size": sizes[1]}
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)

@@ -1,7 +1,6 @@
 """FCOS, arXiv 1904.01355, and ATSS, arXiv 1912.02424: boxes weighed by how near an object's middle they are made."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
     return (across * torch.minimum(top, bottom) / torch.maximum(top, bottom)).clamp(min=0).sqrt()
 
 
-@dataclass(frozen=True)
 class ByDistance(Assign):
     """FCOS's rule: a cell near the middle of an object, on the level made for objects of its size, is the object's.
 
@@ -52,8 +50,8 @@ class ByDistance(Assign):
         largest: Distance to a side that a level is made for at most, strides; the level before ends at half of it.
     """
 
-    radius: float = 1.5
-    largest: float = 8.0
+    def __init__(self, radius: float = 1.5, largest: float = 8.0):
+        self.radius, self.largest = radius, largest
 
     def __call__(self, priors: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Number `(n,)` of the box of each prior, squares as large as the stride, or `NEGATIVE`."""
@@ -72,7 +70,6 @@ class ByDistance(Assign):
         return torch.cat(found)
 
 
-@dataclass(frozen=True)
 class ByStatistics(Assign):
     """ATSS's rule: an object's are those of the nearest anchors that overlap it by more than their mean and deviation.
 
@@ -82,7 +79,8 @@ class ByStatistics(Assign):
         nearest: Anchors of each level that are looked at.
     """
 
-    nearest: int = 9
+    def __init__(self, nearest: int = 9):
+        self.nearest = nearest
 
     def __call__(self, priors: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Number `(n,)` of the box of each anchor, or `NEGATIVE`."""

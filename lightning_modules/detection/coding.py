@@ -1,7 +1,6 @@
 """Boxes as numbers relative to a prior box, and back."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from penstock.lightning_modules.detection.boxes import centers, clipped, sides
 LARGEST = abs(math.log(16 / 1000))  # of the logarithm of a side's ratio
 
 
-@dataclass(frozen=True)
 class Deltas:
     """Offset of the centre over the prior's side, logarithm of the sides' ratio; divided by `stds`.
 
@@ -20,8 +18,8 @@ class Deltas:
         extent: Of the boxes.
     """
 
-    stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    extent: float = 0.0
+    def __init__(self, stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0), extent: float = 0.0):
+        self.stds, self.extent = stds, extent
 
     def encode(self, priors: Tensor, boxes: Tensor) -> Tensor:
         """`(..., 4)` of boxes `(..., 4)` at priors `(..., 4)`."""
@@ -39,7 +37,6 @@ class Deltas:
         return found if size is None else clipped(found, size, self.extent)
 
 
-@dataclass(frozen=True)
 class Distances:
     """Distances from the prior's centre to the bottom, top, left and right of the box, over the prior's side (FSAF).
 
@@ -47,7 +44,8 @@ class Distances:
         extent: Of the boxes; the centre then lies half a pixel further than the middle of the coordinates.
     """
 
-    extent: float = 0.0
+    def __init__(self, extent: float = 0.0):
+        self.extent = extent
 
     def centers(self, priors: Tensor) -> Tensor:
         return (priors[..., :2] + priors[..., 2:] + self.extent) / 2

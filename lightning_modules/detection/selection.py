@@ -1,7 +1,6 @@
 """Boxes out of the maps of a dense detector."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ class Found(NamedTuple):
     labels: Tensor
 
 
-@dataclass(frozen=True)
 class Selection:
     """Which of the boxes of all cells are given.
 
@@ -31,10 +29,8 @@ class Selection:
         most: In an image.
     """
 
-    per_level: int = 1000
-    score: float = 0.05
-    overlap: float = 0.5
-    most: int = 100
+    def __init__(self, per_level: int = 1000, score: float = 0.05, overlap: float = 0.5, most: int = 100):
+        self.per_level, self.score, self.overlap, self.most = per_level, score, overlap, most
 
     @torch.no_grad()
     def __call__(

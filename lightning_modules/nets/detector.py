@@ -1,7 +1,7 @@
 """One-stage detectors: backbone, feature pyramid, a neck that gives features of two tasks, and a head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 
+Neck = Callable[[int], nn.Module]
 PRIOR = 0.01  # probability of a class that an untrained head gives
 
 
@@ -72,19 +73,51 @@ class Head(nn.Module):
         )
 
 
-class Detector(nn.Module):
+class BoxNetwork(nn.Module):
+    """What all detectors offer.
+
+    Attributes:
+        backbone: Loads its weights.
+        num_classes: K.
+    """
+
+    backbone: TrainedBackbone
+    num_classes: int
+
+    def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Scalars by name, to be summed up.
+
+        Args:
+            image: `(B, 3, H, W)` in [-1, 1].
+            objects: Of every image.
+            padded: Height and width of the images with their own padding.
+        """
+        raise NotImplementedError
+
+    def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
+        """Boxes of every image.
+
+        Args:
+            image: `(B, 3, H, W)` in [-1, 1].
+            sizes: Height and width of the images without padding.
+            scales: What boxes are divided by, `(B, 4)`.
+        """
+        raise NotImplementedError
+
+
+class Detector(BoxNetwork):
     """Images `(B, 3, H, W)` in [-1, 1] to the maps that a host makes losses and boxes of.
 
     Args:
         backbone: Its maps must be those of the host's finest strides.
-        neck: Of features of `channels`: `Towers`, or a `PyramidConvNeck`.
+        neck: Makes `Towers` or a `PyramidConvNeck` of so many channels.
         host: Anchors, losses and boxes.
         channels: Of the pyramid.
     """
 
-    def __init__(self, backbone: TrainedBackbone, neck: nn.Module, host: Host, channels: int = 256):
+    def __init__(self, backbone: TrainedBackbone, neck: Neck, host: Host, channels: int = 256):
         super().__init__()
-        self.backbone, self.neck, self.host = backbone, neck, host
+        self.backbone, self.neck, self.host = backbone, neck(channels), host
         coarse = len(host.anchors.strides) - len(backbone.channels)
         self.pyramid = FeaturePyramid(backbone.channels, channels, coarse)
         self.head = Head(channels, host)
@@ -95,21 +128,9 @@ class Detector(nn.Module):
         return self.head(self.neck(self.pyramid(self.backbone(image))))
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Scalars by name, to be summed up.
-
-        Args:
-            image: `(B, 3, H, W)` in [-1, 1].
-            objects: Of every image.
-            padded: Height and width of the images with their own padding.
-        """
+        """The host's."""
         return self.host.losses(self(image), objects, padded)
 
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
-        """Boxes of every image.
-
-        Args:
-            image: `(B, 3, H, W)` in [-1, 1].
-            sizes: Height and width of the images without padding.
-            scales: What boxes are divided by, `(B, 4)`.
-        """
+        """The host's."""
         return self.host.detections(self(image), sizes, scales)

@@ -11,6 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
+from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
@@ -45,7 +46,7 @@ class Levels(nn.Module):
         return {str(level): y for level, y in enumerate(maps)}
 
 
-class TwoStageDetector(nn.Module):
+class TwoStageDetector(BoxNetwork):
     """Images `(B, 3, H, W)` in [-1, 1] to boxes, by proposals.
 
     Args:
@@ -93,7 +94,7 @@ class TwoStageDetector(nn.Module):
         return {name.removeprefix("loss_"): value for name, value in losses.items()}
 
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
-        """Boxes of every image, see `Detector.detections`."""
+        """Boxes of every image, see `BoxNetwork`."""
         found, _ = self._run(image, sizes, None)
         return [Found(one["boxes"] / scale, one["scores"], one["labels"] - 1) for one, scale in zip(found, scales)]
 

@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from penstock.datamodules.detection_transforms import Resizing
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.cli import main
 
@@ -61,6 +64,43 @@ def test_fit_and_test(host, tmp_path):
     for boxes, limit in zip(found["boxes"], ((96, 192), (80, 64))):
         assert (boxes >= 0).all()
         assert (boxes <= torch.tensor([*limit, *limit])).all()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RUN_DIR", raising=False)
+        folder = tmp_path_factory.mktemp("run") / "a"
+        assert main(["fit", *TINY, "host=fcos", f"run_dir={folder}"]) == 0
+    return folder
+
+
+def test_predictions_of_a_folder(run, tmp_path):
+    """Pictures come out as the data for detectors would see them, boxes in their own pixels."""
+    generator = np.random.default_rng(0)
+    for name, size in (("a.png", (70, 90)), ("in/b.jpg", (200, 120))):
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "new" / name)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    words = [f"ckpt_path={checkpoint}", f"images={tmp_path / 'new'}", f"run_dir={tmp_path / 'p'}"]
+    assert main(["predict", *words, "model.min_size=96", "model.max_size=128"]) == 0
+    found = json.loads((tmp_path / "p" / "predictions" / "boxes.json").read_text())
+    assert [row["file_name"] for row in found["images"]] == ["a.png", "in/b.jpg"]
+    assert [(row["height"], row["width"]) for row in found["images"]] == [(70, 90), (200, 120)]
+    assert [row["name"] for row in found["categories"]] == [str(digit) for digit in range(10)]
+    sizes = {row["id"]: (row["width"], row["height"]) for row in found["images"]}
+    for row in found["annotations"]:
+        (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
+        assert -1e-3 <= x <= x + width <= right + 1e-2
+        assert -1e-3 <= y <= y + height <= bottom + 1e-2
+    for name, size in (("a.png", (90, 70)), ("in/b.jpg.png", (120, 200))):
+        assert Image.open(tmp_path / "p" / "predictions" / "boxes" / name).size == size
+    model = model_from_checkpoint(checkpoint)
+    model.resizing = Resizing((96,), 128)
+    batch = model._resized({"image": torch.rand(1, 3, 200, 120) * 2 - 1, "index": torch.arange(1)})
+    assert batch["image"].shape == (1, 3, 128, 96)
+    assert batch["size"].tolist() == [[128, 77]]
+    assert batch["original_size"].tolist() == [[200, 120]]
 
 
 def test_two_stages(tmp_path):

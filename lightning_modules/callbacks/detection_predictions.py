@@ -1,0 +1,107 @@
+"""What `penstock predict` leaves of a detector: boxes as COCO's JSON, and pictures of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torchvision.transforms.v2 import functional as v2
+
+from penstock.lightning_modules.callbacks.detection_pictures import drawn
+from penstock.lightning_modules.callbacks.ranks import gather
+from penstock.lightning_modules.errors import UserError
+
+
+class DetectionPredictions(BasePredictionWriter):
+    """Writes `predictions/boxes.json`, as COCO writes annotations, with a `score` for each, and `boxes/<file>.png`.
+
+    Pictures are written as they come; only boxes are collected.
+
+    Args:
+        score: Boxes of larger ones are drawn, in [0, 1]; the file has them all.
+        pictures: Whether pictures are written.
+
+    Raises:
+        UserError: a score out of range.
+    """
+
+    def __init__(self, score: float = 0.3, pictures: bool = True):
+        super().__init__(write_interval="batch_and_epoch")
+        if not 0 <= score <= 1:
+            raise UserError(f"score: {score} given, expected a number in [0, 1]")
+        self.score, self.pictures = score, pictures
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.predict_loop.return_predictions = False
+        self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: dict[str, Any],
+        batch_indices: Sequence[int] | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        names = [name for name, _ in pl_module.classes]
+        for row, number in enumerate(prediction["index"].tolist()):
+            boxes, scores, labels = (prediction[name][row].cpu() for name in ("boxes", "scores", "labels"))
+            file = trainer.datamodule.where(number)
+            image = batch["image"][row]
+            if "size" in batch:
+                height, width = batch["size"][row].tolist()
+                image = image[:, :height, :width]
+            size = batch["original_size"][row].tolist() if "original_size" in batch else list(image.shape[1:])
+            self.rows.append((number, file, size, boxes, scores, labels))
+            if self.pictures:
+                at = scores > self.score
+                pixels = v2.resize(((image + 1) * 127.5).round().to(torch.uint8).cpu(), size, antialias=True)
+                picture = drawn(pixels, boxes[at], labels[at], names, scores[at])
+                place = self.folder / "boxes" / (file if file.endswith(".png") else f"{file}.png")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(place)
+
+    def write_on_epoch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any] | None,
+    ) -> None:
+        parts = gather(self.rows)
+        self.rows = []
+        if parts is not None:
+            self._write(parts, pl_module.classes)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Keeps the boxes of the images so far; with several ranks, which do not stop together, they are lost."""
+        if getattr(self, "rows", None) and trainer.world_size == 1:
+            self._write([self.rows], pl_module.classes)
+
+    def _write(self, parts: list[list[tuple]], classes: list[tuple[str, int]]) -> None:
+        images, annotations = [], []
+        rows = {row[0]: row for part in parts for row in part}
+        for number, (_, file, (height, width), *found) in sorted(rows.items()):
+            images.append({"id": number, "file_name": file, "width": width, "height": height})
+            for (x1, y1, x2, y2), score, label in zip(*(column.tolist() for column in found)):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": classes[label][1],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                        "score": score,
+                    }
+                )
+        categories = [{"id": number, "name": name} for name, number in classes]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        (self.folder / "boxes.json").write_text(text, encoding="utf-8")
