@@ -1,6 +1,7 @@
 """FastFlow (arXiv 2111.07677): anomalies are where features of an image are unlikely under a normalizing flow."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from penstock.lightning_modules.calibration import Calibration
@@ -75,7 +77,15 @@ class FastFlow(LightningModule):
         self.initial: str | None = net.backbone.weights
         self.top, self.blur, self.overlap = top, blur, overlap
         self.tile = (tile, tile) if isinstance(tile, int) else tile
-        self.calibration = Calibration()
+        self.calibration = Calibration(
+            {
+                "model.net.image_size": self.net.image_size,
+                "model.top": [top],
+                "model.blur": [blur],
+                "model.tile": self.tile or (0, 0),
+                "model.overlap": [overlap if self.tile else 0],
+            }
+        )
         self.cache, self.known = FeatureCache() if cache_features else None, False
 
     @property
@@ -95,7 +105,9 @@ class FastFlow(LightningModule):
         if self.cache is None:
             return
         if getattr(self.trainer.datamodule, "augments", False):
-            raise UserError("model.cache_features: found true with augmented images (data.flip); expected one of them")
+            raise UserError(
+                "model.cache_features: found true with augmented images (data.flip, data.rotate); expected one of them"
+            )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):  # ranks would wait for those that find theirs kept
             raise UserError("model.cache_features: found true with strategy=fsdp; expected false, or strategy=ddp")
 
@@ -154,6 +166,25 @@ class FastFlow(LightningModule):
         total, count = sum_over_ranks(self.normal_loss).tolist()
         if count:
             self.log(name, total / count)
+
+    def on_validation_end(self) -> None:
+        """`validate` leaves the model with the thresholds that it set in `checkpoints/calibrated.ckpt`."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING and not self.trainer.fast_dev_run:
+            file = Path(self.trainer.default_root_dir, "checkpoints", "calibrated.ckpt")
+            self.trainer.save_checkpoint(file)
+            rank_zero_info(f"calibrated: {file}")
+
+    def on_predict_start(self) -> None:
+        """Refuses thresholds that belong to scores of other settings.
+
+        Raises:
+            UserError: so they do.
+        """
+        self.calibration.check_settings()
+
+    def on_test_start(self) -> None:
+        if words := self.calibration.changed():
+            rank_zero_warn(f"{words}; image_f1 and pixel_f1 are at these thresholds, of other scores")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`score` `(B,)`, `map` `(B, 1, H, W)`, float32, larger is more anomalous, and `index` `(B,)`."""

@@ -41,8 +41,11 @@ for _name in (*BATCHES, "overfit_batches", "val_check_interval"):
     Trainer.__init__.__annotations__[_name] = int | float | None
 
 
+OF_ONE_VERB = {"verbose", "return_predictions"}  # arguments of validate and test, of predict
+
+
 class SaveConfig(SaveConfigCallback):
-    """Writes the complete `config.yaml` into the run folder, the loggers and every checkpoint."""
+    """Writes the complete `config.yaml`, which every verb takes, into the run folder, the loggers and checkpoints."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or trainer.fast_dev_run:
@@ -50,6 +53,8 @@ class SaveConfig(SaveConfigCallback):
         config = self.config.clone()
         if "ckpt_path" in config:
             config.ckpt_path = None
+        for key in OF_ONE_VERB & set(config.keys()):
+            del config[key]
         self.text = self.parser.dump(config, skip_none=False)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"

@@ -208,10 +208,40 @@ def test_models_without_an_export_say_so(tmp_path, capsys):
     assert "did you mean 'onnx'?" in capsys.readouterr().err
 
 
-def predicted(run, tmp_path, *words):
+def predicted(run, tmp_path, *words, name="last"):
     os.environ.pop("RUN_DIR", None)  # of the call before
-    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint = run / "checkpoints" / f"{name}.ckpt"
     return main(["predict", f"ckpt_path={checkpoint}", f"run_dir={tmp_path / 'p'}", *words])
+
+
+@pytest.fixture(scope="module")
+def tiles(run, tmp_path_factory):
+    """The run's model, calibrated for tiles of 48 pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RUN_DIR", raising=False)
+        folder = tmp_path_factory.mktemp("tiles") / "v"
+        words = [f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"run_dir={folder}", "model.tile=48"]
+        assert main(["validate", *words]) == 0
+    return folder
+
+
+def test_thresholds_of_other_scores_are_refused_and_set_anew(run, tiles, tmp_path, capsys):
+    for words in (["model.top=0"], ["model.blur=1"], ["model.tile=48"]):
+        assert predicted(run, tmp_path, *words) == 2
+        assert "the checkpoint's thresholds were set with" in capsys.readouterr().err
+    one, other = (
+        model_from_checkpoint(f) for f in (run / "checkpoints/last.ckpt", tiles / "checkpoints/calibrated.ckpt")
+    )
+    assert other.tile == (48, 48)
+    assert float(one.calibration.image_threshold) != float(other.calibration.image_threshold)
+    assert all(torch.equal(a, b) for a, b in zip(one.net.state_dict().values(), other.net.state_dict().values()))
+    found = json.loads((tiles / "metrics.json").read_text())
+    assert found["val/image_f1_max"] > 0
+    with pytest.warns(UserWarning, match=r"model.top: found 0, .* image_f1 and pixel_f1 are at these thresholds"):
+        assert (
+            main(["test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "model.top=0", f"run_dir={tmp_path / 't'}"])
+            == 0
+        )
 
 
 def test_predictions_of_a_folder(run, tree, tmp_path):
@@ -230,14 +260,14 @@ def test_predictions_of_a_folder(run, tree, tmp_path):
         assert found[1]["score"] == pytest.approx(float(model(pixels)[0]), abs=1e-5)
 
 
-def test_predictions_in_tiles_of_pictures_as_they_are(run, tmp_path):
+def test_predictions_in_tiles_of_pictures_as_they_are(tiles, tmp_path):
     save(picture(1, (150, 80)), tmp_path / "new" / "wide.png")
     save(picture(2, (64, 64)), tmp_path / "new" / "square.png")
-    assert predicted(run, tmp_path, f"images={tmp_path / 'new'}", "model.tile=64") == 0
+    assert predicted(tiles, tmp_path, f"images={tmp_path / 'new'}", name="calibrated") == 0
     assert Image.open(tmp_path / "p" / "predictions" / "heat" / "wide.png").size == (150, 80)
 
 
-def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
+def test_folders_that_cannot_be_predicted_on(run, tiles, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "cut.png").write_bytes(b"\x89PNG\r\n")
@@ -246,10 +276,11 @@ def test_folders_that_cannot_be_predicted_on(run, tmp_path, capsys):
         ("none", [], "none: no such folder"),
         ("empty", [], "empty: no pictures"),
         ("bad", [], "cut.png: cannot read the image"),
-        ("small", ["model.tile=64"], "small.png: found 30x30 pixels, expected at least 64x64"),
     ):
         assert predicted(run, tmp_path, f"images={tmp_path / folder}", *words) == 2
         assert message in capsys.readouterr().err
+    assert predicted(tiles, tmp_path, f"images={tmp_path / 'small'}", name="calibrated") == 2
+    assert "small.png: found 30x30 pixels, expected at least 48x48" in capsys.readouterr().err
     for name in ("a.png", "b.png"):
         save(picture(2, (64, 64)), tmp_path / "bad" / name)
     assert predicted(run, tmp_path, f"images={tmp_path / 'bad'}", "data.batch_size=1") == 2
