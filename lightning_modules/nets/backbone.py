@@ -40,7 +40,8 @@ class Backbone(nn.Module):
         channels: C_l of each map.
 
     Raises:
-        UserError: an unknown model, one without feature maps, or a layer that it does not have.
+        UserError: an unknown model, one without feature maps, or a layer that it does not have; on a call, images of
+            another size than a transformer is made for.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Backbone(nn.Module):
             raise UserError(f"backbone.layers: found {self.layers}, expected some of 0 to {len(found) - 1} of {model}")
         self.channels = [found[layer] for layer in self.layers]
         config = timm.data.resolve_data_config({}, model=net)
+        strict = any(getattr(module, "strict_img_size", False) for module in net.modules())
+        self._only = _pair(self.options.get("img_size", config["input_size"][1:])) if strict else None
         for name, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
         self.net = self._pruned(net)
@@ -115,6 +118,14 @@ class Backbone(nn.Module):
             "the file anywhere and give its path as backbone.weights"
         )
 
+    def _other_size(self, found: tuple[int, int]) -> UserError:
+        value = found[0] if found[0] == found[1] else f"[{found[0]},{found[1]}]"
+        return UserError(
+            f"model.net.backbone.image_size: timm's {self.model} is made for images of {self._only[0]}x{self._only[1]} "
+            f"pixels, found images of {found[0]}x{found[1]}; expected model.net.backbone.image_size={value}",
+            everywhere=True,
+        )
+
     def sizes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(H_l, W_l) of each map of images of (H, W)."""
         ghost = copy.deepcopy(self).to("meta")
@@ -129,6 +140,8 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
+        if self._only is not None and tuple(image.shape[-2:]) != self._only:
+            raise self._other_size(tuple(image.shape[-2:]))
         x = torch.addcmul((0.5 - self.mean) / self.std, image, 0.5 / self.std)
         if is_compiling() or is_exporting() or x.device.type == "meta":
             return self._maps(self.net if self._quick is None else self._quick[1], x)
@@ -173,6 +186,10 @@ class Backbone(nn.Module):
 def _forget(backbone: Backbone, _: Any) -> None:
     """Other weights came: a compiled program must not take the copy of those before."""
     backbone._quick = None
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _rows(info: Any) -> list[dict[str, Any]]:

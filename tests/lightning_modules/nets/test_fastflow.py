@@ -171,6 +171,7 @@ def counted(channels, sizes, **options) -> int:
         (45_007_872, [256, 512, 1024], {}),
         (41_337_856, [256, 512, 1024], {"norm_affine": False}),
         (7_074_500, [768], {"flow_steps": 20, "hidden_ratio": 0.16, "norm": None}),
+        (14_102_920, [768], {"flow_steps": 20, "hidden_ratio": 0.16, "hidden_ratio_base": "full", "norm": None}),
         (14_794_240, [768], {"flow_steps": 20, "hidden_ratio": 1 / 6, "hidden_ratio_base": "full", "norm": None}),
     ],
 )
@@ -237,6 +238,32 @@ def test_transformers_give_the_maps_of_a_block_after_the_norm(model):
     expected = net.norm(x)[:, -196:].transpose(1, 2).reshape(1, -1, 14, 14)
     torch.testing.assert_close(found, expected)
     assert len(net.blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "image_size", "images", "parts"),
+    [
+        ("vit_tiny_patch16_224", None, (64, 64), ("224x224", "64x64", "=64")),
+        ("vit_tiny_patch16_224", 96, (96, 224), ("96x96", "96x224", "=[96,224]")),
+        ("vit_tiny_patch16_224", [64, 96], (96, 64), ("64x96", "96x64", "=[96,64]")),
+        ("visformer_tiny", None, (192, 192), ("224x224", "192x192", "=192")),  # its patches are of a smaller map
+    ],
+)
+def test_transformers_refuse_images_of_another_size(model, image_size, images, parts):
+    backbone = Backbone(model, [1], "random", image_size=image_size).to("meta")
+    own = backbone._only
+    assert backbone(torch.empty(1, 3, *own, device="meta"))[0].shape[0] == 1
+    with pytest.raises(UserError, match=r"model\.net\.backbone\.image_size: timm's") as error:
+        backbone(torch.empty(1, 3, *images, device="meta"))
+    assert f"images of {parts[0]} pixels, found images of {parts[1]}; " in str(error.value)
+    assert str(error.value).endswith(f"expected model.net.backbone.image_size{parts[2]}")
+    (found,) = Backbone(model, [1], "random", image_size=images).to("meta")(torch.empty(1, 3, *images, device="meta"))
+    assert found.shape[0] == 1
+
+
+def test_networks_of_any_size_refuse_none():
+    backbone = Backbone("xcit_nano_12_p16_224", [1], "random").to("meta")
+    assert backbone(torch.empty(1, 3, 64, 96, device="meta"))[0].shape[2:] == (4, 6)
 
 
 @pytest.mark.parametrize(
