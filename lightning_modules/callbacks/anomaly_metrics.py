@@ -24,15 +24,16 @@ class AnomalyMetrics(pl.Callback):
     Both return `index` `(B,)`, `score` `(B,)` and `map` `(B, 1, H, W)`, larger = more anomalous; the batch holds
     `label` `(B,)`, 0 = normal, and `mask` `(B, 1, H, W)`, 0 = normal, where defects are known by pixels.
 
-    Logs `image_auroc`, `image_ap`, `image_f1_max`, `image_threshold`, the same of `pixel_`, and `aupro`: as
-    `val/<name>` in a fit and by `validate`, under these names by `test`. A metric that a split doesn't define, having
-    no anomalies or nothing else, is warned of and not logged. `test` adds `image_f1` and `pixel_f1`, at the thresholds
-    in the checkpoint.
+    Logs `image_auroc`, `image_ap`, `image_f1_max`, `image_f1_max_threshold` (where F1 is largest on this split), the
+    same of `pixel_`, and `aupro`: as `val/<name>` in a fit and by `validate`, under these names by `test`. A metric
+    that a split doesn't define, having no anomalies or nothing else, is warned of and not logged. `test` adds
+    `image_threshold` and `pixel_threshold`, those in the checkpoint, by which `predict` decides, and `image_f1` and
+    `pixel_f1` at them.
 
     Every validation sets the module's `calibration`: thresholds of the largest F1 on its split, and ranges, that of
     maps also without masks. Without anomalies the threshold is the largest normal score or pixel, without normal ones
     the smallest. This is done before `on_validation_end`, the first moment at which Lightning and `Checkpoint` save
-    after a validation.
+    after a validation. A fit that ends without a threshold, as none of its epochs was validated, is warned of.
 
     The best epoch so far is logged as `best_on_val/<name>` and `best_on_val/epoch` (from 0, as `epoch`), or as
     `best_on_test/...` where `val_is_test` of the data says that they validate on the test images: such a best is
@@ -119,11 +120,24 @@ class AnomalyMetrics(pl.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "best.ckpt"), weights_only=False)
         self._improved = False
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.calibration.image_threshold.isnan():
+            rank_zero_warn(
+                "AnomalyMetrics: this fit ended without a validation, so its checkpoint has no thresholds and predict "
+                "will refuse it; train with a validation, e.g. trainer.check_val_every_n_epoch=1"
+            )
+
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = pl_module.calibration
-        image, pixel = self._measured("test", _known(own.image_threshold), _known(own.pixel_threshold))
-        if image is not None:
-            self._log(pl_module, _named(image, pixel), "")
+        known = {"image": _known(own.image_threshold), "pixel": _known(own.pixel_threshold)}
+        image, pixel = self._measured("test", *known.values())
+        if image is None:
+            return
+        found = _named(image, pixel)
+        for what, threshold in known.items():
+            if threshold is not None and (what == "image" or pixel is not None):
+                found[f"{what}_threshold"] = threshold
+        self._log(pl_module, found, "")
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics of the best epoch so far."""
@@ -210,7 +224,7 @@ def _named(image: Measured, pixel: Measured | None) -> dict[str, float]:
     values: dict[str, float | None] = {}
     for what, found in (("image", image), ("pixel", pixel)):
         if found is not None:
-            names = ("auroc", "ap", "f1_max", "threshold", "f1")
-            values |= {f"{what}_{name}": getattr(found, name) for name in names}
+            values |= {f"{what}_{name}": getattr(found, name) for name in ("auroc", "ap", "f1_max", "f1")}
+            values[f"{what}_f1_max_threshold"] = found.threshold
     values["aupro"] = None if pixel is None else pixel.aupro
     return {name: value for name, value in values.items() if value is not None}

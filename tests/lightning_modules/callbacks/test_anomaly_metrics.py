@@ -19,8 +19,8 @@ from penstock.lightning_modules.callbacks.score_counts import ScoreCounts
 from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.errors import UserError
 
-IMAGE = ("image_auroc", "image_ap", "image_f1_max", "image_threshold")
-PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_threshold", "aupro")
+IMAGE = ("image_auroc", "image_ap", "image_f1_max", "image_f1_max_threshold")
+PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_f1_max_threshold", "aupro")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def expected(data, noise):
     values = {}
     for what, truth, flat in (("image", labels, scores), ("pixel", masks.ravel(), maps.ravel())):
         values[f"{what}_auroc"], values[f"{what}_ap"] = roc_auc_score(truth, flat), average_precision_score(truth, flat)
-        values[f"{what}_f1_max"], values[f"{what}_threshold"] = f1_of(truth, flat)
+        values[f"{what}_f1_max"], values[f"{what}_f1_max_threshold"] = f1_of(truth, flat)
     counts = ScoreCounts()
     for image, mask in zip(maps[:, 0], masks[:, 0]):
         counts.update_map(image, mask)
@@ -80,8 +80,8 @@ def test_values_of_the_last_and_the_best_epoch(fakes, made, tmp_path):
     assert found == {"best_on_val/epoch": 1}
     scores, labels, maps, masks = scored(data, 3.0)
     values, calibration = expected(data, 3.0), module.calibration
-    assert float(calibration.image_threshold) == values["image_threshold"]
-    assert float(calibration.pixel_threshold) == values["pixel_threshold"]
+    assert float(calibration.image_threshold) == values["image_f1_max_threshold"]
+    assert float(calibration.pixel_threshold) == values["pixel_f1_max_threshold"]
     assert calibration.score_range.tolist() == [scores.min(), scores.max()]
     assert calibration.map_range.tolist() == [maps.min(), maps.max()]
 
@@ -89,14 +89,18 @@ def test_values_of_the_last_and_the_best_epoch(fakes, made, tmp_path):
     found = trainer.test(module, datamodule=data, verbose=False)[0]
     scores, labels, maps, masks = scored(data, 1.0)
     more = {
-        "image_f1": f1_score(labels, scores >= values["image_threshold"]),
-        "pixel_f1": f1_score(masks.ravel(), maps.ravel() >= values["pixel_threshold"]),
+        "image_threshold": values["image_f1_max_threshold"],  # of the validation, by which predict decides
+        "pixel_threshold": values["pixel_f1_max_threshold"],
+        "image_f1": f1_score(labels, scores >= values["image_f1_max_threshold"]),
+        "pixel_f1": f1_score(masks.ravel(), maps.ravel() >= values["pixel_f1_max_threshold"]),
     }
     assert found == pytest.approx(expected(data, 1.0) | more, rel=1e-5)
-    assert float(calibration.image_threshold) == values["image_threshold"], "a test sets no thresholds"
+    assert abs(found["image_threshold"] - found["image_f1_max_threshold"]) > 0.1
+    assert abs(found["pixel_threshold"] - found["pixel_f1_max_threshold"]) > 0.1
+    assert float(calibration.image_threshold) == values["image_f1_max_threshold"], "a test sets no thresholds"
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
     assert set(found) == {f"val/{name}" for name in (*IMAGE, *PIXEL)}
-    assert float(calibration.image_threshold) == expected(data, 1.0)["image_threshold"]
+    assert float(calibration.image_threshold) == expected(data, 1.0)["image_f1_max_threshold"]
 
 
 def test_best_checkpoint_is_of_the_best_epoch(fakes, made, tmp_path):
@@ -111,8 +115,8 @@ def test_best_checkpoint_is_of_the_best_epoch(fakes, made, tmp_path):
         kept = load_checkpoint(tmp_path / "checkpoints" / file)
         values = expected(data, noise)
         assert kept["epoch"] == epoch
-        assert float(kept["state_dict"]["calibration.image_threshold"]) == values["image_threshold"]
-        assert float(kept["state_dict"]["calibration.pixel_threshold"]) == values["pixel_threshold"]
+        assert float(kept["state_dict"]["calibration.image_threshold"]) == values["image_f1_max_threshold"]
+        assert float(kept["state_dict"]["calibration.pixel_threshold"]) == values["pixel_f1_max_threshold"]
 
 
 def test_a_resumed_run_keeps_its_best_epoch(fakes, made, tmp_path):
@@ -150,12 +154,12 @@ def test_only_images_without_masks(fakes, made, tmp_path, pixels):
     trainer.fit(module, datamodule=data)
     assert set(logged(trainer)) == {f"{p}/{n}" for p in ("val", "best_on_val") for n in IMAGE} | {"best_on_val/epoch"}
     values = expected(made.Defects(), 1.0)
-    assert float(module.calibration.image_threshold) == values["image_threshold"]
+    assert float(module.calibration.image_threshold) == values["image_f1_max_threshold"]
     assert module.calibration.pixel_threshold.isnan()
     maps = scored(made.Defects(), 1.0)[2]
     assert module.calibration.map_range.tolist() == [maps.min(), maps.max()]
     found = trainer.test(module, datamodule=data, verbose=False)[0]
-    assert set(found) == {*IMAGE, "image_f1"}
+    assert set(found) == {*IMAGE, "image_f1", "image_threshold"}
 
 
 def test_all_normal_is_undefined(fakes, made, tmp_path):
@@ -173,6 +177,20 @@ def test_all_normal_is_undefined(fakes, made, tmp_path):
     assert float(module.calibration.image_threshold) == scores.max()
     assert float(module.calibration.pixel_threshold) == maps.max()
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(("every", "said"), [(2, 1), (1, 0)])
+def test_a_fit_without_a_validation_says_so_once_at_its_end(fakes, made, tmp_path, every, said):
+    module, data = made.Detector(), made.Defects()
+    trainer = fakes.quiet_trainer(tmp_path, [AnomalyMetrics()], check_val_every_n_epoch=every, num_sanity_val_steps=-1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=data)
+    text = [str(warning.message) for warning in caught if "without a validation" in str(warning.message)]
+    assert len(text) == said
+    assert all(line.endswith("train with a validation, e.g. trainer.check_val_every_n_epoch=1") for line in text)
+    found = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert ("image_threshold" in found) == ("image_f1" in found) == (not said), "no thresholds, none logged"
 
 
 def test_all_anomalous_is_undefined_for_images(fakes, made, tmp_path):
