@@ -10,6 +10,7 @@ from penstock.lightning_modules.cli.compare import markdown
 JOB = "sweep.json"
 FILES = ("table.md", "table.json")
 CLOCKS = ("epoch", "step", "train_seconds")
+BEST = [f"best_on_{split}/{what}_auroc" for split in ("test", "val") for what in ("image", "pixel")]
 
 
 def record(run_dir: Path, number: int, words: list[str], code: int, objective: str | None) -> None:
@@ -44,10 +45,14 @@ def swept(jobs: list[dict[str, Any]]) -> list[str]:
 
 
 def shown(jobs: list[dict[str, Any]]) -> list[str]:
-    """The objectives, then every metric of a plain name (`image_auroc`, not `val/image_auroc` or `lr-Adam`)."""
+    """The objectives, then every metric of a plain name (`image_auroc`, not `val/image_auroc` or `lr-Adam`).
+
+    Last come those of `BEST`, an anomaly model's best epoch, that every job with metrics has.
+    """
     names = dict.fromkeys(name for job in jobs for name in job["metrics"])
     plain = [name for name in names if "/" not in name and name not in CLOCKS and not name.startswith("lr-")]
-    return list(dict.fromkeys([*(job["objective"] for job in jobs if job["objective"] in names), *plain]))
+    best = [name for name in BEST if name in names and all(name in job["metrics"] for job in jobs if job["metrics"])]
+    return list(dict.fromkeys([*(job["objective"] for job in jobs if job["objective"] in names), *plain, *best]))
 
 
 def means(jobs: list[dict[str, Any]], keys: list[str], metrics: list[str]) -> list[dict[str, Any]]:
@@ -55,15 +60,15 @@ def means(jobs: list[dict[str, Any]], keys: list[str], metrics: list[str]) -> li
 
     Returns:
         `words` (of the choice), `over` (the key), `jobs`, `failed` (how many), `metrics`: name -> `value` and `jobs`,
-        the number of jobs that have it; a failed job has none.
+        the number of jobs that have it; a failed job has none, and thresholds are not averaged.
     """
     *others, over = keys
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for job in jobs:
         groups.setdefault(tuple(job["words"].get(key) for key in others), []).append(job)
-    rows = []
+    averaged, rows = [name for name in metrics if not name.endswith("_threshold")], []
     for choice, group in groups.items():
-        found = {name: [float(job["metrics"][name]) for job in group if name in job["metrics"]] for name in metrics}
+        found = {name: [float(job["metrics"][name]) for job in group if name in job["metrics"]] for name in averaged}
         averages = {name: {"value": fmean(values), "jobs": len(values)} for name, values in found.items() if values}
         failed = sum(job["exit_code"] != 0 for job in group)
         words = dict(zip(others, choice))
@@ -90,7 +95,7 @@ def write(folder: Path, complete: bool) -> str | None:
         words = [job["words"].get(key, "") for key in keys]
         rows.append([str(job["job"]), *words, _status(job), *_cells(job, metrics)])
     for mean in averages:
-        label = f"mean of {mean['jobs']}" + (f", {mean['failed']} failed" if mean["failed"] else "")
+        label = f"mean of {_done(mean)}" + (f", {mean['failed']} failed" if mean["failed"] else "")
         words = [mean["words"].get(key) or "" for key in keys[:-1]]
         rows.append(["", *words, label, "", *(_mean(mean, name) for name in metrics)])
     text = markdown(["job", *keys, "status", *metrics], rows) + "\n"
@@ -102,6 +107,10 @@ def write(folder: Path, complete: bool) -> str | None:
     return text
 
 
+def _done(mean: dict[str, Any]) -> int:
+    return mean["jobs"] - mean["failed"]
+
+
 def _status(job: dict[str, Any]) -> str:
     return f"failed ({job['exit_code']})" if job["exit_code"] else "done"
 
@@ -111,8 +120,8 @@ def _cells(job: dict[str, Any], metrics: list[str]) -> list[str]:
 
 
 def _mean(mean: dict[str, Any], name: str) -> str:
-    """A mean; of how many jobs, where some lack the metric."""
+    """A mean; of how many jobs, where some that did not fail lack the metric."""
     found = mean["metrics"].get(name)
     if not found:
         return ""
-    return f"{found['value']:.4g}" + (f" (of {found['jobs']})" if found["jobs"] < mean["jobs"] else "")
+    return f"{found['value']:.4g}" + (f" (of {found['jobs']})" if found["jobs"] < _done(mean) else "")

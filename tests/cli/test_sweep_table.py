@@ -82,9 +82,30 @@ def test_a_failed_job_is_shown_and_counted_and_not_averaged(left):
         *((f"a=1 ++data.category={name}", int(name == "nut"), {"auroc": v}) for name, v in AUROC.items())
     )
     assert rows[3] == ["1", "nut", "failed (1)", ""]
-    assert rows[5] == ["", "mean of 3, 1 failed", "", "0.85 (of 2)"]
+    assert rows[5] == ["", "mean of 2, 1 failed", "", "0.85"]
     assert found["means"][0]["metrics"]["auroc"] == {"value": pytest.approx(0.85), "jobs": 2}
     assert found["jobs"][1]["metrics"] == {}
+
+
+def test_a_group_whose_jobs_all_failed_is_a_mean_of_none(left):
+    rows, found = left(*((f"lr={a} seed={b}", int(a == 2), {"x": 0.5}) for a in (1, 2) for b in (3, 5)))
+    assert rows[-2:] == [["", "1", "mean of 2", "", "0.5"], ["", "2", "mean of 0, 2 failed", "", ""]]
+    assert found["means"][1] == {"words": {"lr": "2"}, "over": "seed", "jobs": 2, "failed": 2, "metrics": {}}
+
+
+def test_the_best_epoch_is_shown_where_every_job_that_ran_has_it(left):
+    found = {**TWO, "best_on_test/pixel_auroc": 0.7, "best_on_test/aupro": 0.2, "best_on_test/epoch": 3}
+    rows, _ = left(("a=1", 0, found), ("a=2", 0, {**found, "best_on_test/image_auroc": 0.8}), ("a=3", 1, {}))
+    assert rows[0] == ["job", "a", "status", "image_auroc", "best_on_test/image_auroc", "best_on_test/pixel_auroc"]
+    assert rows[-1] == ["", "mean of 2, 1 failed", "", "0.5", "0.7", "0.7"]
+    rows, _ = left(("a=1", 0, found), ("a=2", 0, TWO), ("a=3", 0, {"image_auroc": 0.5, "best_on_val/image_auroc": 1}))
+    assert rows[0] == ["job", "a", "status", "image_auroc"]
+
+
+def test_thresholds_are_shown_and_not_averaged(left):
+    rows, found = left(*((f"a={a}", 0, {"image_threshold": a, "image_f1_max_threshold": a, "x": a}) for a in (1, 2)))
+    assert rows[-2:] == [["1", "2", "done", "2", "2", "2"], ["", "mean of 2", "", "", "", "1.5"]]
+    assert found["means"][0]["metrics"].keys() == {"x"}
 
 
 def test_the_mean_is_over_the_last_word_for_every_choice_of_the_others(left):
