@@ -12,8 +12,8 @@ from torch import Tensor
 
 from penstock.datamodules.anomaly_sources import find_category, load_mask, open_category
 from penstock.datamodules.base import find_folder, fingerprint, halves, held_out
-from penstock.datamodules.image_sources import FileSource
-from penstock.datamodules.images import ImageStore
+from penstock.datamodules.image_sources import FileSource, Source
+from penstock.datamodules.images import ImageStore, load_upright
 from penstock.datamodules.masked import CLASS_NAMES, MaskedData, anomaly_labels, no_masks
 from penstock.datamodules.pixels import TurnedPixels
 from penstock.lightning_modules.errors import UserError, did_you_mean
@@ -22,7 +22,7 @@ Validation = Literal["test", "half", "good"]
 
 
 class MaskedImageStore(ImageStore):
-    """Image files as RGB of one size, their masks beside them.
+    """Image files as RGB of one size, upright (see `load_upright`), their masks beside them.
 
     Args:
         source: the images.
@@ -46,6 +46,9 @@ class MaskedImageStore(ImageStore):
         super().__init__([source], labels, (3, height, width), fit=True, convert=True, in_memory=in_memory)
         self.mask_files = list(masks)
         self.kept_masks: dict[int, Tensor] | None = {} if in_memory else None
+
+    def load(self, source: Source, row: int) -> Image.Image:
+        return load_upright(source, row)
 
     def resized(self, image: Image.Image) -> Image.Image:
         _, height, width = self.shape
@@ -76,7 +79,8 @@ class Anomaly(MaskedData):
 
     A folder `data_dir`, or `$PENSTOCK_DATA/<name>`, holds the categories. Each is laid out as in MVTec AD, BTAD or VisA
     (see `anomaly_sources`), which is seen from its folders. Grey images become RGB; all are resized to the size asked
-    for, whatever their aspect. Masks are read in evaluation only.
+    for, whatever their aspect. They are turned as the orientation in their EXIF data says; a mask is that of the
+    turned image. Masks are read in evaluation only.
 
     Args:
         name: for messages and `$PENSTOCK_DATA`.

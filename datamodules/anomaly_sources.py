@@ -13,13 +13,14 @@ Which of them it is, is seen from the folders.
 import csv
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from penstock.datamodules.image_sources import digest_files, named
+from penstock.datamodules.image_sources import digest_files, named, turn_upright
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 NORMAL_NAMES = ("good", "ok")
@@ -139,6 +140,7 @@ def load_mask(file: Path, height: int, width: int) -> np.ndarray:
         UserError: the file cannot be read.
     """
     with named(str(file)), Image.open(file) as image:
+        turn_upright(image)
         pixels, alpha = np.asarray(image), image.mode in ("LA", "RGBA", "PA")
     if pixels.ndim == 3:
         pixels = (pixels[..., :-1] if alpha else pixels).any(-1)
@@ -255,6 +257,11 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Width and height as the head of the file says."""
+    """Width and height of the upright image as the head of the file says."""
     with named(str(file)), Image.open(file) as image:
-        return image.size
+        width, height = image.size
+        with suppress(SyntaxError):  # of EXIF data
+            exif = Image.Image.getexif(image)  # a PNG's own decodes its pixels first
+            if exif.get(ExifTags.Base.Orientation) in range(5, 9):
+                return height, width
+        return width, height

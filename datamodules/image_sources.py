@@ -6,13 +6,13 @@ Every opener returns splits by the names `train`, `val`, `test`, each a `Source`
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
@@ -39,6 +39,12 @@ def named(where: str) -> Iterator[None]:
         raise UserError(
             f"{where}: cannot read the image ({type(error).__name__}: {error}); expected a complete image"
         ) from error
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turns an image in its place as the orientation in its EXIF data says; data that cannot be read say nothing."""
+    with suppress(SyntaxError):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 class Source(Protocol):

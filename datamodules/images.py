@@ -9,7 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.datamodules.base import KindDataModule, find_folder, fingerprint, held_out
-from penstock.datamodules.image_sources import Source, named, open_tables, open_torchvision, open_tree
+from penstock.datamodules.image_sources import (
+    Source,
+    named,
+    open_tables,
+    open_torchvision,
+    open_tree,
+    turn_upright,
+)
 from penstock.datamodules.pixels import Pixels
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
@@ -76,10 +83,9 @@ class ImageStore:
         """
         which = int(np.searchsorted(self.first, number, side="right")) - 1
         source, row = self.sources[which], int(number - self.first[which])
-        image = load_image(source, row)
+        image = self.load(source, row)
         channels, height, width = self.shape
-        if image.mode[0] in "IF":
-            raise UserError(f"{source.where(row)}: found {image.mode} pixels, expected 8 bits a channel")
+        check_depth(image, source.where(row))
         if image.mode != MODE_OF[channels]:
             if not self.convert:
                 bands = len(image.getbands())
@@ -97,6 +103,10 @@ class ImageStore:
             image = self.resized(image)
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
+    def load(self, source: Source, row: int) -> Image.Image:
+        """One image, read to its end, of any size and mode."""
+        return load_image(source, row)
+
     def resized(self, image: Image.Image) -> Image.Image:
         """An image of another size at that of the store."""
         return centre_square(image, self.shape[1])
@@ -112,6 +122,28 @@ def load_image(source: Source, row: int) -> Image.Image:
         image = source.open(row)
         image.load()
     return image
+
+
+def load_upright(source: Source, row: int) -> Image.Image:
+    """One image, read to its end and turned as the orientation in its EXIF data says.
+
+    Raises:
+        UserError: the image is named.
+    """
+    image = load_image(source, row)
+    with named(source.where(row)):
+        turn_upright(image)
+    return image
+
+
+def check_depth(image: Image.Image, where: str) -> None:
+    """Refuses levels that 8 bits do not hold, which a conversion would cut off.
+
+    Raises:
+        UserError: so it is; the image is named by `where`.
+    """
+    if image.mode[0] in "IF":
+        raise UserError(f"{where}: found {image.mode} pixels, expected 8 bits a channel")
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:

@@ -55,8 +55,8 @@ def plan(verb: str, words: list[str], run: bool = True) -> tuple[list[str] | dic
         raise UserError(
             f"{IMAGES}={images}: expected penstock predict ckpt_path=FILE {IMAGES}=FOLDER, and no experiment"
         )
-    if images is not None and not Path(images).expanduser().is_dir():
-        raise UserError(f"{IMAGES}={images}: no such folder; expected one with pictures in it")
+    if images is not None and not Path(images).expanduser().exists():
+        raise UserError(f"{IMAGES}={images}: no such folder or file; expected pictures in a folder, or one picture")
     if ckpt and not dialect and not any(w.partition("=")[0] in ("experiment", "model", "data") for w in words):
         saved = run_of_checkpoint(ckpt)
         if saved is None:

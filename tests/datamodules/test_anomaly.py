@@ -8,12 +8,13 @@ import pytest
 import torch
 from anomaly_trees import SIZE, btad, marked, mvtec, picture, save, visa
 from jsonargparse import ArgumentParser
-from PIL import Image
+from PIL import ExifTags, Image
 
 from penstock.datamodules.anomaly import Anomaly
 from penstock.datamodules.base import KindDataModule, halves
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.cli.compose import compose
+from penstock.lightning_modules.errors import UserError
 
 TILES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "magnetic_tile"
 needs_tiles = pytest.mark.skipif(not TILES.is_dir(), reason="the magnetic tiles are not at ../shared/data")
@@ -137,6 +138,24 @@ def test_grey_images_uppercase_suffixes_and_other_files(tmp_path):
     assert len(data.view("train")) == 8
     found = data.view("train").fetch(np.array([0]))["image"][0]
     assert np.array_equal(found.numpy(), np.broadcast_to(np.asarray(grey), (3, *SIZE[::-1])))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_images_are_turned_upright(tmp_path, suffix):
+    """A sideways image of the training and one of the test, with the mask of the upright one."""
+    upright, sideways = (mvtec(tmp_path / name, suffix=suffix, size=(16, 12)) for name in ("upright", "sideways"))
+    for path in ("train/good/002", "test/dent/001"):
+        file = sideways / "bolt" / f"{path}{suffix}"
+        image, exif = Image.open(upright / "bolt" / f"{path}{suffix}"), Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # turn by 270 degrees to see it
+        image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif, quality=100, subsampling=0)
+    for split in ("train", "test"):
+        expected, found = (whole(ready(root, image_size=(12, 16)), split) for root in (upright, sideways))
+        assert (found["image"] - expected["image"]).abs().max() <= (0.1 if suffix == ".jpg" else 0)
+    assert torch.equal(found["mask"], expected["mask"])
+    marked(0, (12, 16)).save(sideways / "bolt" / "ground_truth" / "dent" / "001_mask.png")
+    with pytest.raises(UserError, match=r"001_mask\.png: found 12x16 pixels, expected 16x12 as"):
+        ready(sideways)
 
 
 def test_btad_layout(tmp_path):
