@@ -24,9 +24,10 @@ def heat(images: Tensor, maps: Tensor, strength: float = 0.5) -> Tensor:
     Returns:
         uint8 `(B, 3, H, W)`.
     """
-    colours = torch.from_numpy(colormaps["turbo"](maps[:, 0].cpu().double().numpy())[..., :3]).permute(0, 3, 1, 2)
-    seen = images.cpu().double().expand(-1, 3, -1, -1) * 0.5 + 0.5
-    return ((1 - strength) * seen + strength * colours).clamp(0, 1).mul(255).round().to(torch.uint8)
+    turbo = torch.tensor(colormaps["turbo"].colors, device=maps.device)
+    colours = turbo[(maps[:, 0].float() * len(turbo)).long().clamp(0, len(turbo) - 1)].permute(0, 3, 1, 2)
+    seen = images.to(maps.device, torch.float32).expand(-1, 3, -1, -1) * 0.5 + 0.5
+    return ((1 - strength) * seen + strength * colours).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
 class AnomalyGallery(pl.Callback):

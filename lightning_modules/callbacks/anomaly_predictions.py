@@ -2,21 +2,28 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from penstock.lightning_modules.callbacks.anomaly_pictures import above, heat
 from penstock.lightning_modules.callbacks.ranks import gather
 
 COLUMNS = ("file", "score", "normalized", "anomalous")
 NEEDED = {"heat maps": "map_range", "masks": "pixel_threshold"}
+FOLDERS = {"heat maps": "heat", "masks": "masks"}
+SCORES = ("scores.csv", "scores.json")
+MARK = {"Software": "penstock predict"}  # in every picture: a later prediction removes these and no others
 
 
 class AnomalyPredictions(BasePredictionWriter):
@@ -24,9 +31,10 @@ class AnomalyPredictions(BasePredictionWriter):
 
     `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. The
     colours of heat maps are those of the calibration, the same for all images. A mask is 255 where the map reaches the
-    threshold of pixels; models that were validated on images without masks have none, which is said. Files keep their
-    folders; one that is no PNG gets `.png` behind its name. Pictures are written as they come; only scores are
-    collected.
+    threshold of pixels; models that were validated on images without masks have none, which is said. Where the batch
+    has `original_size` `(B, 2)`, maps are resized to it (bilinear) and laid over the data's `original(number)`, else
+    pictures have the size that the model saw. Files keep their folders, see `picture_name`. Pictures are written as
+    they come; only scores are collected. What an earlier prediction wrote into the folder is removed at first.
 
     Args:
         pictures: Whether heat maps and masks are written.
@@ -54,6 +62,15 @@ class AnomalyPredictions(BasePredictionWriter):
         trainer.predict_loop.return_predictions = False
         self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
 
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], batch_idx: int, *_: int
+    ) -> None:
+        """Makes room once nothing more is refused."""
+        if batch_idx == 0:
+            if trainer.is_global_zero:
+                clear(self.folder)
+            trainer.strategy.barrier()
+
     def write_on_batch_end(
         self,
         trainer: pl.Trainer,
@@ -70,11 +87,16 @@ class AnomalyPredictions(BasePredictionWriter):
         columns = (files, scores.tolist(), calibration.scores(scores).tolist())
         reached = (scores >= calibration.image_threshold).tolist()
         self.rows += [(number, *row) for number, *row in zip(numbers, *columns, reached)]
-        maps = prediction["map"]
-        if "heat maps" in self.kinds:
-            self._save("heat", files, heat(batch["image"], calibration.colours(maps)).permute(0, 2, 3, 1))
-        if "masks" in self.kinds:
-            self._save("masks", files, above(maps, calibration.pixel_threshold)[:, 0].cpu())
+        for row, (number, file) in enumerate(zip(numbers, files)):
+            seen, found = batch["image"][row, None], prediction["map"][row, None]
+            size = batch["original_size"][row].tolist() if "original_size" in batch else list(found.shape[-2:])
+            if resized := size != list(found.shape[-2:]):
+                found = interpolate(found, size, mode="bilinear")
+            if "heat maps" in self.kinds:
+                seen = trainer.datamodule.original(number)[None] if resized else seen
+                self._save("heat maps", file, heat(seen, calibration.colours(found))[0].permute(1, 2, 0))
+            if "masks" in self.kinds:
+                self._save("masks", file, above(found, calibration.pixel_threshold)[0, 0].cpu())
 
     def write_on_epoch_end(
         self,
@@ -93,19 +115,48 @@ class AnomalyPredictions(BasePredictionWriter):
         if getattr(self, "rows", None) and trainer.world_size == 1:
             self._write([self.rows], pl_module)
 
-    def _save(self, kind: str, files: list[str], pictures: Tensor) -> None:
-        for name, picture in zip(files, pictures):
-            place = self.folder / kind / (name if name.endswith(".png") else f"{name}.png")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.contiguous().numpy()).save(place)
+    def _save(self, kind: str, file: str, picture: Tensor) -> None:
+        place = self.folder / FOLDERS[kind] / picture_name(file)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        notes = PngImagePlugin.PngInfo()
+        for key, value in MARK.items():
+            notes.add_text(key, value)
+        Image.fromarray(picture.contiguous().numpy()).save(place, pnginfo=notes)
 
     def _write(self, parts: list[list[tuple]], pl_module: pl.LightningModule) -> None:
         """Both files of scores, by the ranks' rows."""
         rows = [row[1:] for row in sorted({row[0]: row for part in parts for row in part}.values())]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+        with (self.folder / SCORES[0]).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows((name, score, normalized, int(found)) for name, score, normalized, found in rows)
         report = {**pl_module.calibration.facts(), "images": [dict(zip(COLUMNS, row)) for row in rows]}
-        (self.folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (self.folder / SCORES[1]).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def picture_name(file: str) -> str:
+    """The name of a file with `.png` behind it, where it is no PNG's; no two image files get the same.
+
+    `a.png` stays, `a.jpg` becomes `a.jpg.png`, and `a.jpg.png` becomes `a.jpg.png.png`.
+    """
+    stem, suffix = os.path.splitext(file)
+    return file if suffix == ".png" and not stem.lower().endswith(IMG_EXTENSIONS) else f"{file}.png"
+
+
+def clear(folder: Path) -> None:
+    """Removes scores and pictures that a prediction left in its folder, and what folders are empty without them."""
+    for name in SCORES:
+        (folder / name).unlink(missing_ok=True)
+    for top in (folder / name for name in FOLDERS.values()):
+        for file in [path for path in top.rglob("*.png") if path.is_file() and _is_ours(path)]:
+            file.unlink()
+            with suppress(OSError):  # not empty
+                for place in (folder / up for up in file.relative_to(folder).parents[:-1]):
+                    place.rmdir()
+
+
+def _is_ours(file: Path) -> bool:
+    with suppress(OSError, SyntaxError), Image.open(file) as image:
+        return MARK.items() <= image.info.items()
+    return False

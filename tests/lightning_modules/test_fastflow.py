@@ -190,8 +190,8 @@ def test_exported_to_ncnn(run, tmp_path, capsys):
     assert "batch=2: ncnn takes one image at a time" in capsys.readouterr().err
     assert main(words) == 0
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == ["model.json", "model.ncnn.bin", "model.ncnn.param"]
-    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert names == ["model.ncnn.bin", "model.ncnn.json", "model.ncnn.param"]
+    facts = json.loads((tmp_path / "out" / "model.ncnn.json").read_text())
     assert (facts["input"], facts["outputs"], facts["top"]) == ([1, 3, 64, 64], ["map"], 0.03)
 
 
@@ -252,7 +252,7 @@ def test_predictions_of_a_folder(run, tree, tmp_path):
     out = tmp_path / "p" / "predictions"
     found = json.loads((out / "scores.json").read_text())["images"]
     assert [row["file"] for row in found] == ["a.png", "b.png", "in/c.jpg"]
-    assert Image.open(out / "heat" / "in" / "c.jpg.png").size == (64, 64)
+    assert Image.open(out / "heat" / "in" / "c.jpg.png").size == Image.open(out / "masks" / "b.png").size == (90, 61)
     model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
     image = Image.open(tmp_path / "new" / "b.png").resize((64, 64), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -326,4 +326,5 @@ def test_images_need_not_be_square(tree, tmp_path):
     folder = fit(tmp_path / "i", tree, "shape=[3,64,96]", "trainer.max_epochs=1", "model.net.norm=sample")
     assert "pixel_auroc" in json.loads((folder / "metrics.json").read_text())
     assert predicted(folder, tmp_path, f"images={tree / 'bolt' / 'test'}", "data.batch_size=3") == 0
-    assert Image.open(tmp_path / "p" / "predictions" / "masks" / "crack" / "000.png").size == (96, 64)
+    original = Image.open(tree / "bolt" / "test" / "crack" / "000.png").size
+    assert Image.open(tmp_path / "p" / "predictions" / "masks" / "crack" / "000.png").size == original != (96, 64)

@@ -12,6 +12,7 @@ import torch
 from anomaly_trees import picture, save
 from PIL import Image
 from ranks import running
+from torch.nn.functional import interpolate
 
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.callbacks.anomaly_pictures import heat
@@ -36,13 +37,21 @@ def penstock(*words):
     return code
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "a"
+def fitted(folder, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RUN_DIR", raising=False)
-        assert penstock("fit", *TINY, f"run_dir={folder}") == 0
+        assert penstock("fit", *TINY, *words, f"run_dir={folder}") == 0
     return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("run") / "a")
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("tiled") / "a", "model.tile=32")
 
 
 @pytest.fixture
@@ -77,10 +86,13 @@ def test_a_model_without_masks_leaves_heat_maps_and_says_what_it_cannot(checkpoi
     assert not (out / "predictions" / "masks").exists()
     model = model_from_checkpoint(checkpoint)
     low, high = model.calibration.map_range.tolist()
-    image = np.array(Image.open(tmp_path / "new" / "1.png").resize((32, 32), Image.Resampling.BILINEAR))
-    image = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+    picture_itself = Image.open(tmp_path / "new" / "1.png")
+    small, image = (
+        torch.from_numpy(np.array(one)).permute(2, 0, 1)[None] / 127.5 - 1
+        for one in (picture_itself.resize((32, 32), Image.Resampling.BILINEAR), picture_itself)
+    )
     with torch.no_grad():
-        maps = model(image)[1]
+        maps = interpolate(model(small)[1], (36, 40), mode="bilinear")
     expected = heat(image, ((maps - low) / (high - low)).clamp(0, 1))[0].permute(1, 2, 0)
     found = np.array(Image.open(out / "predictions" / "heat" / "1.png"))
     assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
@@ -99,28 +111,53 @@ def test_pictures_cut_short_are_named_and_all_others_scored(checkpoint, pictures
     assert scores(tmp_path / "q") == scores(tmp_path / "p")
 
 
-def test_a_picture_smaller_than_a_tile_is_named(checkpoint, tmp_path, capsys):
+def test_a_picture_smaller_than_a_tile_is_named(tiled, tmp_path, capsys):
     for name, side in (("a", 31), ("b", 32), ("c", 50)):
         save(picture(0, (side, 60)), tmp_path / "new" / f"{name}.png")
-    words = [f"ckpt_path={checkpoint}", f"images={tmp_path / 'new'}", "model.tile=32"]
+    words = [f"ckpt_path={tiled}", f"images={tmp_path / 'new'}"]
     assert penstock("predict", *words, f"run_dir={tmp_path / 'p'}") == 2
     expected = "a.png: found 60x31 pixels, expected at least 32x32 (model.tile); all others were predicted"
     assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
     assert list(scores(tmp_path / "p")) == ["b.png", "c.png"]
 
 
+def test_a_second_prediction_leaves_nothing_of_the_first(checkpoint, tmp_path, capsys):
+    for name in ("a.png", "a.jpg", "a.jpg.png"):
+        save(picture(0, (40, 36)), tmp_path / "new" / name)
+    words = [f"ckpt_path={checkpoint}", f"run_dir={tmp_path / 'p'}"]
+    heats = tmp_path / "p" / "predictions" / "heat"
+    assert penstock("predict", *words, f"images={tmp_path / 'new'}") == 0
+    assert sorted(path.name for path in heats.iterdir()) == ["a.jpg.png", "a.jpg.png.png", "a.png"]
+    save(Image.new("I;16", (40, 36)), tmp_path / "deep.png")
+    assert penstock("predict", *words, f"images={tmp_path / 'deep.png'}") == 2
+    line = f"penstock: {tmp_path}/deep.png: found I;16 pixels, expected 8 bits a channel"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert len(scores(tmp_path / "p")) == 3  # nothing could be predicted, nothing is lost
+    assert penstock("predict", *words, f"images={tmp_path / 'new' / 'a.jpg'}") == 0
+    assert list(scores(tmp_path / "p")) == ["a.jpg"]
+    assert [path.name for path in heats.iterdir()] == ["a.jpg.png"]
+
+
+def test_deep_pictures_are_named_and_all_others_scored(checkpoint, tmp_path, capsys):
+    save(picture(0, (40, 36)), tmp_path / "new" / "a.png")
+    save(Image.new("I;16", (40, 36)), tmp_path / "new" / "b.png")
+    assert penstock("predict", f"ckpt_path={checkpoint}", f"images={tmp_path / 'new'}", f"run_dir={tmp_path}/p") == 2
+    expected = "b.png: found I;16 pixels, expected 8 bits a channel; all others were predicted"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+    assert list(scores(tmp_path / "p")) == ["a.png"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("word", "mended"),
-    [("data.batch_size=4", {}), ("model.tile=32", {7: (40, 36), 8: (70, 33)})],
-    ids=["fours", "tiles"],
+    ("kind", "mended"), [("checkpoint", {}), ("tiled", {7: (40, 36), 8: (70, 33)})], ids=["fours", "tiles"]
 )
-def test_two_ranks_score_what_one_does(checkpoint, pictures, tmp_path, word, mended):
+def test_two_ranks_score_what_one_does(request, pictures, tmp_path, kind, mended):
     """In fours, the second rank can read nothing of its last batch; in tiles, the ranks cannot share them evenly."""
     for i, size in mended.items():
         save(picture(i, size), pictures / f"{i}.png")
     good, bad = ([i for i in range(9) if (i in (1, 6, 7, 8) and i not in mended) is found] for found in (False, True))
-    words = ["predict", f"ckpt_path={checkpoint}", f"images={pictures}", word, "trainer.accelerator=cpu"]
+    words = ["predict", f"ckpt_path={request.getfixturevalue(kind)}", f"images={pictures}", "trainer.accelerator=cpu"]
+    words += ["data.batch_size=4"]
     assert penstock(*words, f"run_dir={tmp_path / 'one'}") == 2
     ranks = [*words, "trainer.devices=2", "trainer.strategy=ddp", f"run_dir={tmp_path / 'two'}"]
     with running(__file__, tmp_path, *ranks):
