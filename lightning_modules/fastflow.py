@@ -217,12 +217,13 @@ class FastFlow(LightningModule):
     def exportable(self) -> tuple[nn.Module, Tensor, list[str], dict[str, Any]]:
         """What `penstock export` writes: a module of RGB images in [0, 1], an example, and names of what it gives.
 
-        Last come facts that a program using it needs: which share of a map its score is the mean of, the tiles that
-        images are seen in and how far these overlap, thresholds of scores and of maps, and their ranges.
+        Last come facts that a program using it needs: how images are resized, which share of a map its score is the
+        mean of, the tiles that images are seen in and how far these overlap, thresholds of scores and of maps, and
+        their ranges.
         """
-        facts: dict[str, Any] = {"top": self.top, **self.calibration.facts()}
+        facts: dict[str, Any] = {"resize": "bilinear, antialiased", "top": self.top, **self.calibration.facts()}
         if self.tile is not None:
-            facts |= {"tile": list(self.tile), "overlap": self.overlap}
+            facts |= {"resize": None, "tile": list(self.tile), "overlap": self.overlap}
         example = torch.rand(1, 3, *(self.tile or self.net.image_size))
         return Detector(self).eval(), example, ["score", "map"], facts
 

@@ -10,6 +10,7 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 
 OWN = {"ckpt_path": str, "format": str, "out": str, "batch": int}
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "ncnn": "model.ncnn.param"}
+FACTS = {"onnx": "model.json", "torch": "model.json", "ncnn": "model.ncnn.json"}
 
 
 def run_export(words: list[str]) -> int:
@@ -48,6 +49,6 @@ def run_export(words: list[str]) -> int:
         else:
             exported(module, example, outputs, kind, file, batch)
         facts = {"input": [batch or "batch", *example.shape[1:]], "outputs": outputs, **facts}
-        (folder / "model.json").write_text(json.dumps({**facts, "checkpoint": str(path)}, indent=1) + "\n")
+        (folder / FACTS[kind]).write_text(json.dumps({**facts, "checkpoint": str(path)}, indent=1) + "\n")
     print(f"written: {out / FORMATS[kind]}")
     return 0
