@@ -300,6 +300,18 @@ def test_mvtec_has_all_categories_and_the_means_of_the_paper():
     assert not paper.recalled(MEAN)
 
 
+def test_best_pixel_auroc_beside_others_best_is_of_the_epoch_that_is_best_in_it():
+    table = read("fastflow_mvtec")
+    assert any("best_on_test/pixel_auroc" in ref.values for ref in table.references)
+    for run in (run for tier in ("small", "paper") for run in table.tier(tier).runs):
+        tree = compose(list(run.words))[0]["trainer"]["callbacks"]
+        (metrics,) = (callback for callback in tree if callback["class_path"].endswith(".AnomalyMetrics"))
+        assert metrics["init_args"]["monitor"] == "pixel_auroc"
+    assert "best image_auroc" in table.tier("smoke").note
+    for tier in ("small", "paper"):
+        assert read("fastflow_mvtec_f1").tier(tier).runs == table.tier(tier).runs, "made once for both tables"
+
+
 def test_tables_are_listed_and_are_no_group(capsys):
     assert penstock(["list", "tables"]) == 0
     out = capsys.readouterr().out
