@@ -124,7 +124,8 @@ class AnomalyMetrics(pl.Callback):
         if pl_module.calibration.image_threshold.isnan():
             rank_zero_warn(
                 "AnomalyMetrics: this fit ended without a validation, so its checkpoint has no thresholds and predict "
-                "will refuse it; train with a validation, e.g. trainer.check_val_every_n_epoch=1"
+                "will refuse it; train with validations, as by trainer.check_val_every_n_epoch=1, or calibrate it: "
+                "penstock validate ckpt_path=FILE"
             )
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -188,7 +188,10 @@ def test_a_fit_without_a_validation_says_so_once_at_its_end(fakes, made, tmp_pat
         trainer.fit(module, datamodule=data)
     text = [str(warning.message) for warning in caught if "without a validation" in str(warning.message)]
     assert len(text) == said
-    assert all(line.endswith("train with a validation, e.g. trainer.check_val_every_n_epoch=1") for line in text)
+    assert all(
+        line.endswith("trainer.check_val_every_n_epoch=1, or calibrate it: penstock validate ckpt_path=FILE")
+        for line in text
+    )
     found = trainer.test(module, datamodule=data, verbose=False)[0]
     assert ("image_threshold" in found) == ("image_f1" in found) == (not said), "no thresholds, none logged"
 
