@@ -110,7 +110,8 @@ class Sepc(LightningModule):
         pixels = ((image + 1) * 127.5).round().to(torch.uint8)
         small = torch.stack([resized(one, size) for one in pixels]).to(image.dtype) / 127.5 - 1
         sizes = torch.tensor([size, original], device=image.device).unsqueeze(1).expand(-1, len(image), -1)
-        return {**batch, "image": padded(list(small), self.pad_multiple), "size": sizes[0], "original_size": sizes[1]}
+        found = {"image": padded(list(small), self.pad_multiple), "size": sizes[0]}
+        return {**batch, **found, "original_size": batch.get("original_size", sizes[1])}
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)

@@ -101,6 +101,8 @@ def test_predictions_of_a_folder(run, tmp_path):
     assert batch["image"].shape == (1, 3, 128, 96)
     assert batch["size"].tolist() == [[128, 77]]
     assert batch["original_size"].tolist() == [[200, 120]]
+    given = {"image": torch.rand(1, 3, 96, 96), "index": torch.arange(1), "original_size": torch.tensor([[300, 60]])}
+    assert model._resized(given)["original_size"].tolist() == [[300, 60]]
 
 
 def test_two_stages(tmp_path):
