@@ -240,7 +240,7 @@ class Detector(nn.Module):
     def __init__(self, model: FastFlow):
         super().__init__()
         net = model.net
-        example = torch.zeros(1, 3, *net.image_size, device=net.backbone.mean.device)
+        example = torch.zeros(1, 3, *(model.tile or net.image_size), device=net.backbone.mean.device)
         self.top, self.blur = model.top, model.blur
         self.backbone, self.norms = net.backbone.folded(example), copy.deepcopy(net.norms)
         self.flows = nn.ModuleList(FoldedFlow(flow) for flow in net.flows)
