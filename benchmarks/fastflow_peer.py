@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--backbones", nargs="+", default=BACKBONES)
     options.add_argument("--weights", help="file of the first backbone's; random by default")
     options.add_argument("--no-compile", action="store_true", help="leaves torch.compile out")
-    options.add_argument("--no-memory", action="store_true", help="leaves peak memory out")
+    what = options.add_mutually_exclusive_group()
+    what.add_argument("--no-memory", action="store_true", help="leaves peak memory out")
+    what.add_argument("--only-memory", action="store_true", help="measures peak memory alone")
     options.add_argument("--memory-of", nargs=4, help="prints peak MiB of a backbone, form, batch, side")
     given = options.parse_args(argv)
     if problem := missing():
@@ -274,6 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         forms = [form for form in forms if form in ("eager", "torch.compile")]
     rows, kept, peaks = [], [], []
     for backbone in given.backbones:
+        if not given.no_memory:
+            words = ["--device", given.device, "--threads", str(threads), "--side", str(given.side)]
+            simple = [form for form in forms if form not in ("torch.compile", "openvino, bf16")]
+            peaks += memory(words, backbone, simple, (1, given.batch))
+        if given.only_memory:
+            continue
         fresh = partial(models, backbone)
         for compiled in (False,) if given.no_compile else (False, True):
             rows.append(training(fresh(), given.batch, given.steps, given.rounds, compiled))
@@ -285,16 +293,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += inference(fresh(), own, batch, given.rounds * (1 if batch > 1 else 5), threads)
             print(*rows[-len(own) - 1 :], sep="\n", file=sys.stderr)
             torch.compiler.reset()
-        if not given.no_memory:
-            words = ["--device", given.device, "--threads", str(threads), "--side", str(given.side)]
-            simple = [form for form in forms if form != "torch.compile"]
-            peaks += memory(words, backbone, simple, (1, given.batch))
     title = f"FastFlow of Penstock against {PEER} on {given.device}, {given.side} px"
     values = {"batch": given.batch, "steps": given.steps, "kept_features": kept, "peak_memory": peaks}
     name = f"fastflow_peer_{given.device}"
     common = {"seed": given.seed, "out": given.out}
-    write(name, values, rows, title=title, **common)
-    write(f"fastflow_peer_cache_{given.device}", {}, kept, title="FastFlow with and without kept features", **common)
+    if rows:
+        cached_title = "FastFlow with and without kept features"
+        write(name, values, rows, title=title, **common)
+        write(f"fastflow_peer_cache_{given.device}", {}, kept, title=cached_title, **common)
     if peaks:
         write(f"fastflow_peer_memory_{given.device}", {}, peaks, title=f"Peak memory of {title}", **common)
     return 0
