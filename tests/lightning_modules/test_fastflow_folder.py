@@ -77,7 +77,7 @@ def test_a_model_without_masks_leaves_heat_maps_and_says_what_it_cannot(checkpoi
     for i in range(3):
         save(picture(i, (40, 36)), tmp_path / "new" / f"{i}.png")
     out = tmp_path / "p"
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"), caplog.at_level("INFO"):
         assert penstock("predict", f"ckpt_path={checkpoint}", f"images={tmp_path / 'new'}", f"run_dir={out}") == 0
     said = [line for line in caplog.messages if line.startswith("predictions: ")]
     assert said == [
