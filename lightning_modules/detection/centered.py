@@ -11,7 +11,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, centers, iou
 from penstock.lightning_modules.detection.coding import Deltas, Distances
-from penstock.lightning_modules.detection.host import Host, Objects, Outputs, rows_of, sizes_of
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, rows_of, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -136,10 +136,7 @@ class Centered(Host):
         scores, codes, priors = self.flat(outputs)
         quality = torch.cat(rows_of(outputs.quality, 1), 1).squeeze(2)
         owners = torch.stack([self.owners(outputs, one, shape) for one, shape in zip(objects, padded)])
-        image, at = (owners >= 0).nonzero(as_tuple=True)
-        first = torch.tensor([0, *(len(one.boxes) for one in objects)], device=at.device).cumsum(0)
-        own = first[image] + owners[image, at]
-        boxes, labels = (torch.cat(parts)[own] for parts in zip(*objects))
+        image, at, _, boxes, labels = matched(owners, objects)
         classes = torch.zeros_like(scores)
         classes[image, at, labels] = 1
         focal = sigmoid_focal_loss(scores, classes, self.alpha, self.gamma) * (owners >= NEGATIVE).unsqueeze(2)

@@ -11,7 +11,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, intersection, sides
 from penstock.lightning_modules.detection.coding import Distances
-from penstock.lightning_modules.detection.host import Host, Objects, Outputs, sizes_of
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 NEVER = 1e6  # loss of an object on a level without cells of it
@@ -59,14 +59,14 @@ def by_region(
 class Terms(NamedTuple):
     """Losses of each prior, of its classes `(B, n, K)` and of its box `(B, n)`, owners `(B, n)`, and what is kept.
 
-    `tables` are the losses `(L, m)` of the objects of each image by level.
+    `table` has the losses `(L, m)` of the objects of all images by level.
     """
 
     classes: Tensor
     boxes: Tensor
     owners: Tensor
     kept: Tensor
-    tables: list[Tensor]
+    table: Tensor
 
 
 class Fsaf(Host):
@@ -125,28 +125,22 @@ class Fsaf(Host):
                 for one, shape in zip(objects, padded)
             ]
         )
-        positive = owners >= 0
-        classes, aims = torch.zeros_like(scores), torch.ones_like(found)
-        for image, one in enumerate(objects):
-            at = positive[image].nonzero().squeeze(1)
-            own = owners[image, at]
-            classes[image, at, one.labels[own]] = 1
-            aims[image, at] = self.coding.encode(priors[at], one.boxes[own]).to(aims.dtype)
+        positive, own = owners >= 0, matched(owners, objects)
+        classes, aims = self.aims(scores, priors, own)
         focal = sigmoid_focal_loss(scores, classes, self.alpha, self.gamma) * (owners >= NEGATIVE).unsqueeze(2)
         boxes = torch.where(positive, iou_loss(found, aims), 0)
-        kept, tables = positive.clone(), []
-        for image, one in enumerate(objects):
-            at = positive[image].nonzero().squeeze(1)
-            place = levels[at] * len(one.boxes) + owners[image, at]
-            loss = (focal[image, at].sum(1) + boxes[image, at]).detach()
-            total = loss.new_zeros(len(outputs.logits) * len(one.boxes)).index_add_(0, place, loss)
-            number = torch.zeros_like(total).index_add_(0, place, torch.ones_like(loss))
-            table = torch.where(number > 0, total / number.clamp(min=1), NEVER).view(len(outputs.logits), -1)
-            tables.append(table)
-            if len(one.boxes):
-                kept[image, at] = table.argmin(0)[owners[image, at]] == levels[at]
+        level = levels[own.prior]
+        loss = (focal[own.image, own.prior].sum(1) + boxes[own.image, own.prior]).detach()
+        total = loss.new_zeros(len(outputs.logits), sum(len(one.boxes) for one in objects))
+        number = torch.zeros_like(total)
+        total.index_put_((level, own.number), loss, accumulate=True)
+        number.index_put_((level, own.number), torch.ones_like(loss), accumulate=True)
+        table = torch.where(number > 0, total / number.clamp(min=1), NEVER)
+        kept = positive.clone()
+        if len(own.prior):
+            kept[own.image, own.prior] = table.argmin(0)[own.number] == level
         dropped = positive & ~kept
-        return Terms(focal.masked_fill(dropped.unsqueeze(2) & (classes > 0), 0), boxes * kept, owners, kept, tables)
+        return Terms(focal.masked_fill(dropped.unsqueeze(2) & (classes > 0), 0), boxes * kept, owners, kept, table)
 
 
 def iou_loss(found: Tensor, aims: Tensor) -> Tensor:

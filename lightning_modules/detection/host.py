@@ -29,6 +29,31 @@ class Objects(NamedTuple):
     labels: Tensor
 
 
+class Matched(NamedTuple):
+    """Priors that are an object's, over all images, `(k,)` each: image, prior, object counted over all images, its box
+    `(k, 4)` and class."""
+
+    image: Tensor
+    prior: Tensor
+    number: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+def matched(owners: Tensor, objects: Sequence[Objects]) -> Matched:
+    """The priors of objects.
+
+    Args:
+        owners: Number of the object of each prior in its image `(B, n)`, less than 0 for those of none.
+        objects: Of every image.
+    """
+    image, prior = (owners >= 0).nonzero(as_tuple=True)
+    first = torch.tensor([0, *(len(one.boxes) for one in objects)], device=owners.device).cumsum(0)
+    number = first[image] + owners[image, prior]
+    boxes, labels = (torch.cat(parts) for parts in zip(*objects))
+    return Matched(image, prior, number, boxes[number], labels[number])
+
+
 class Host:
     """A dense detector's losses and boxes, made of a head's maps.
 
@@ -71,6 +96,14 @@ class Host:
         """Logits `(B, n, K)`, codes `(B, n, 4)` and priors `(n, 4)` of all levels."""
         rows = torch.cat(rows_of(outputs.logits, self.num_classes), 1), torch.cat(rows_of(outputs.codes, 4), 1)
         return *rows, torch.cat(self.priors(outputs.logits))
+
+    def aims(self, scores: Tensor, priors: Tensor, found: Matched) -> tuple[Tensor, Tensor]:
+        """What priors should give: classes `(B, n, K)` in {0, 1}, and codes `(B, n, 4)`, 0 for those of no object."""
+        classes = torch.zeros_like(scores)
+        classes[found.image, found.prior, found.labels] = 1
+        codes = scores.new_zeros(*scores.shape[:2], 4)
+        codes[found.image, found.prior] = self.coding.encode(priors[found.prior], found.boxes).to(codes.dtype)
+        return classes, codes
 
     def detections(
         self, outputs: Outputs, sizes: Sequence[tuple[float, float]], scales: Tensor | None = None

@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from penstock.lightning_modules.detection.anchors import Anchors, Sizes
 from penstock.lightning_modules.detection.assignment import NEGATIVE, RETINA, Thresholds, by_overlap
 from penstock.lightning_modules.detection.coding import Deltas
-from penstock.lightning_modules.detection.host import Host, Objects, Outputs, sizes_of
+from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, sizes_of
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -58,12 +58,7 @@ class Retina(Host):
             [self.owners(anchors, one, sizes_of(outputs.logits), shape) for one, shape in zip(objects, padded)]
         )
         positive = owners >= 0
-        classes, aims = torch.zeros_like(scores), torch.zeros_like(found)
-        for image, one in enumerate(objects):
-            at = positive[image].nonzero().squeeze(1)
-            own = owners[image, at]
-            classes[image, at, one.labels[own]] = 1
-            aims[image, at] = self.coding.encode(anchors[at], one.boxes[own]).to(aims.dtype)
+        classes, aims = self.aims(scores, anchors, matched(owners, objects))
         count = positive.sum(1).clamp(min=1).sum()
         focal = sigmoid_focal_loss(scores, classes, self.alpha, self.gamma).sum(2) * (owners >= NEGATIVE)
         boxes = F.smooth_l1_loss(found, aims, reduction="none", beta=self.beta).sum(2) * positive
