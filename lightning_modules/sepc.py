@@ -21,29 +21,21 @@ class Sepc(LightningModule):
         net: Gives `losses` and `detections`.
         optimizer: Of all that trains.
         scheduler: By steps.
-        pad_multiple: Each image is padded to a multiple of it before it is padded to the size of its batch; no anchor
-            lies in the latter.
-        min_size: Shorter side that pictures of a folder are resized to; None leaves them as they are.
-        max_size: Their longer side is at most this.
 
     Attributes:
-        classes: Name and id of every class of the data, kept in the checkpoint.
+        classes: Name and id of every class of the data it was trained on.
+        resizing: How these were resized, as pictures of a folder are.
+        pad_multiple: What each of them is padded to a multiple of, before it is padded to the size of its batch; no
+            anchor lies in the latter.
     """
 
-    def __init__(
-        self,
-        net: BoxNetwork,
-        optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None = None,
-        pad_multiple: int = 32,
-        min_size: int | None = None,
-        max_size: int = 1333,
-    ):
+    def __init__(self, net: BoxNetwork, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None):
         super().__init__()
-        self.net, self.optimizer, self.scheduler, self.pad_multiple = net, optimizer, scheduler, pad_multiple
-        self.resizing = None if min_size is None else Resizing((min_size,), max_size)
+        self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.initial: str | None = net.backbone.weights
         self.classes: list[tuple[str, int]] = []
+        self.resizing: Resizing | None = None
+        self.pad_multiple = 1
 
     image_size = None  # of pictures of a folder: any, one in a batch
 
@@ -62,12 +54,16 @@ class Sepc(LightningModule):
         if data.num_classes != own:
             raise UserError(f"num_classes: found {own}, expected {data.num_classes}, the data's classes")
         self.classes = list(zip(data.class_names, data.category_ids))
+        self.resizing, self.pad_multiple = data.resizing, data.pad_multiple
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["classes"] = self.classes
+        sides = self.resizing and (list(self.resizing.sides), self.resizing.longest)
+        checkpoint["trained_on"] = {"classes": self.classes, "sides": sides, "pad_multiple": self.pad_multiple}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.classes = [tuple(row) for row in checkpoint.get("classes", [])]
+        if seen := checkpoint.get("trained_on"):
+            self.classes, self.pad_multiple = [tuple(row) for row in seen["classes"]], seen["pad_multiple"]
+            self.resizing = seen["sides"] and Resizing(tuple(seen["sides"][0]), seen["sides"][1])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.losses(batch)

@@ -2,28 +2,24 @@
 
 import csv
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from penstock.lightning_modules.callbacks.anomaly_pictures import above, heat
+from penstock.lightning_modules.callbacks.prediction_files import make_room, save_picture
 from penstock.lightning_modules.callbacks.ranks import gather
 
 COLUMNS = ("file", "score", "normalized", "anomalous")
 NEEDED = {"heat maps": "map_range", "masks": "pixel_threshold"}
 FOLDERS = {"heat maps": "heat", "masks": "masks"}
 SCORES = ("scores.csv", "scores.json")
-MARK = {"Software": "penstock predict"}  # in every picture: a later prediction removes these and no others
 
 
 class AnomalyPredictions(BasePredictionWriter):
@@ -67,9 +63,7 @@ class AnomalyPredictions(BasePredictionWriter):
     ) -> None:
         """Makes room once nothing more is refused."""
         if batch_idx == 0:
-            if trainer.is_global_zero:
-                clear(self.folder)
-            trainer.strategy.barrier()
+            make_room(trainer, self.folder, SCORES, FOLDERS.values())
 
     def write_on_batch_end(
         self,
@@ -116,12 +110,7 @@ class AnomalyPredictions(BasePredictionWriter):
             self._write([self.rows], pl_module)
 
     def _save(self, kind: str, file: str, picture: Tensor) -> None:
-        place = self.folder / FOLDERS[kind] / picture_name(file)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        notes = PngImagePlugin.PngInfo()
-        for key, value in MARK.items():
-            notes.add_text(key, value)
-        Image.fromarray(picture.contiguous().numpy()).save(place, pnginfo=notes)
+        save_picture(self.folder / FOLDERS[kind], file, picture)
 
     def _write(self, parts: list[list[tuple]], pl_module: pl.LightningModule) -> None:
         """Both files of scores, by the ranks' rows."""
@@ -133,30 +122,3 @@ class AnomalyPredictions(BasePredictionWriter):
             writer.writerows((name, score, normalized, int(found)) for name, score, normalized, found in rows)
         report = {**pl_module.calibration.facts(), "images": [dict(zip(COLUMNS, row)) for row in rows]}
         (self.folder / SCORES[1]).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def picture_name(file: str) -> str:
-    """The name of a file with `.png` behind it, where it is no PNG's; no two image files get the same.
-
-    `a.png` stays, `a.jpg` becomes `a.jpg.png`, and `a.jpg.png` becomes `a.jpg.png.png`.
-    """
-    stem, suffix = os.path.splitext(file)
-    return file if suffix == ".png" and not stem.lower().endswith(IMG_EXTENSIONS) else f"{file}.png"
-
-
-def clear(folder: Path) -> None:
-    """Removes scores and pictures that a prediction left in its folder, and what folders are empty without them."""
-    for name in SCORES:
-        (folder / name).unlink(missing_ok=True)
-    for top in (folder / name for name in FOLDERS.values()):
-        for file in [path for path in top.rglob("*.png") if path.is_file() and _is_ours(path)]:
-            file.unlink()
-            with suppress(OSError):  # not empty
-                for place in (folder / up for up in file.relative_to(folder).parents[:-1]):
-                    place.rmdir()
-
-
-def _is_ours(file: Path) -> bool:
-    with suppress(OSError, SyntaxError), Image.open(file) as image:
-        return MARK.items() <= image.info.items()
-    return False

@@ -8,18 +8,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from penstock.lightning_modules.callbacks.detection_pictures import drawn
+from penstock.lightning_modules.callbacks.prediction_files import make_room, save_picture
 from penstock.lightning_modules.callbacks.ranks import gather
 from penstock.lightning_modules.errors import UserError
+
+BOXES, PICTURES = "boxes.json", "boxes"
 
 
 class DetectionPredictions(BasePredictionWriter):
     """Writes `predictions/boxes.json`, as COCO writes annotations, with a `score` for each, and `boxes/<file>.png`.
 
-    Pictures are written as they come; only boxes are collected.
+    Pictures have the size of the original; they are written as they come, see `picture_name`, and only boxes are
+    collected. What an earlier prediction wrote into the folder is removed at first.
 
     Args:
         score: Boxes of larger ones are drawn, in [0, 1]; the file has them all.
@@ -38,6 +41,13 @@ class DetectionPredictions(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.predict_loop.return_predictions = False
         self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], batch_idx: int, *_: int
+    ) -> None:
+        """Makes room once nothing more is refused."""
+        if batch_idx == 0:
+            make_room(trainer, self.folder, [BOXES], [PICTURES])
 
     def write_on_batch_end(
         self,
@@ -63,9 +73,7 @@ class DetectionPredictions(BasePredictionWriter):
                 at = scores > self.score
                 pixels = v2.resize(((image + 1) * 127.5).round().to(torch.uint8).cpu(), size, antialias=True)
                 picture = drawn(pixels, boxes[at], labels[at], names, scores[at])
-                place = self.folder / "boxes" / (file if file.endswith(".png") else f"{file}.png")
-                place.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(place)
+                save_picture(self.folder / PICTURES, file, picture.permute(1, 2, 0))
 
     def write_on_epoch_end(
         self,
@@ -104,4 +112,4 @@ class DetectionPredictions(BasePredictionWriter):
         categories = [{"id": number, "name": name} for name, number in classes]
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
-        (self.folder / "boxes.json").write_text(text, encoding="utf-8")
+        (self.folder / BOXES).write_text(text, encoding="utf-8")

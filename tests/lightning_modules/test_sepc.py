@@ -1,14 +1,15 @@
 """SEPC end to end on small scenes of digits, with every host and neck."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from penstock.datamodules.detection_transforms import Resizing
 from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli import main
 
 TINY = [
@@ -27,6 +28,8 @@ TINY = [
     "trainer.limit_test_batches=2",
     "logger=csv",
 ]
+SELECTION = "penstock.lightning_modules.detection.selection.Selection"
+ALL = f"model.net.host.selection={{class_path: {SELECTION}, score: 0.0, most: 20}}"  # untrained heads are never sure
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +49,13 @@ PAIRS = {
 @pytest.mark.parametrize("host", PAIRS)
 def test_fit_and_test(host, tmp_path):
     run = tmp_path / "run"
-    assert main(["fit", *TINY, f"host={host}", f"neck={PAIRS[host]}", f"run_dir={run}"]) == 0
+    assert main(["fit", *TINY, f"host={host}", f"neck={PAIRS[host]}", ALL, f"run_dir={run}"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
     assert all(value == value for value in metrics.values())
     rows = json.loads((run / "detections" / "test.json").read_text())
-    assert {"image_id", "category_id", "bbox", "score"} == set(rows[0]) if rows else True
+    assert len(rows) == 4 * 20
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
     model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
     batch = {
         "image": torch.rand(2, 3, 96, 96) * 2 - 1,
@@ -62,6 +66,7 @@ def test_fit_and_test(host, tmp_path):
     with torch.no_grad():
         found = model.eval().predict_step(batch, 0)
     for boxes, limit in zip(found["boxes"], ((96, 192), (80, 64))):
+        assert len(boxes) == 20
         assert (boxes >= 0).all()
         assert (boxes <= torch.tensor([*limit, *limit])).all()
 
@@ -71,35 +76,43 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RUN_DIR", raising=False)
         folder = tmp_path_factory.mktemp("run") / "a"
-        assert main(["fit", *TINY, "host=fcos", f"run_dir={folder}"]) == 0
+        assert main(["fit", *TINY, "host=fcos", ALL, f"run_dir={folder}"]) == 0
     return folder
 
 
 def test_predictions_of_a_folder(run, tmp_path):
-    """Pictures come out as the data for detectors would see them, boxes in their own pixels."""
-    generator = np.random.default_rng(0)
-    for name, size in (("a.png", (70, 90)), ("in/b.jpg", (200, 120))):
-        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "new" / name)
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    words = [f"ckpt_path={checkpoint}", f"images={tmp_path / 'new'}", f"run_dir={tmp_path / 'p'}"]
-    assert main(["predict", *words, "model.min_size=96", "model.max_size=128"]) == 0
-    found = json.loads((tmp_path / "p" / "predictions" / "boxes.json").read_text())
-    assert [row["file_name"] for row in found["images"]] == ["a.png", "in/b.jpg"]
-    assert [(row["height"], row["width"]) for row in found["images"]] == [(70, 90), (200, 120)]
+    """Pictures are seen as the data showed them in training, boxes come in their own pixels."""
+    generator, sizes = np.random.default_rng(0), {"a.png": (70, 90), "b.jpg": (200, 120), "b.jpg.png": (64, 64)}
+    for name, size in sizes.items():
+        (tmp_path / "new" / "in").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "new" / "in" / name)
+    checkpoint, out = run / "checkpoints" / "last.ckpt", tmp_path / "p" / "predictions"
+    words = [f"ckpt_path={checkpoint}", f"run_dir={tmp_path / 'p'}"]
+    assert main(["predict", *words, f"images={tmp_path / 'new'}"]) == 0
+    found = json.loads((out / "boxes.json").read_text())
+    assert [row["file_name"] for row in found["images"]] == [f"in/{name}" for name in sizes]
+    assert [(row["height"], row["width"]) for row in found["images"]] == list(sizes.values())
     assert [row["name"] for row in found["categories"]] == [str(digit) for digit in range(10)]
-    sizes = {row["id"]: (row["width"], row["height"]) for row in found["images"]}
+    assert len(found["annotations"]) == 3 * 20
     for row in found["annotations"]:
-        (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
+        (x, y, width, height), (bottom, right) = row["bbox"], list(sizes.values())[row["image_id"]]
         assert -1e-3 <= x <= x + width <= right + 1e-2
         assert -1e-3 <= y <= y + height <= bottom + 1e-2
-    for name, size in (("a.png", (90, 70)), ("in/b.jpg.png", (120, 200))):
-        assert Image.open(tmp_path / "p" / "predictions" / "boxes" / name).size == size
-    model = model_from_checkpoint(checkpoint)
-    model.resizing = Resizing((96,), 128)
+    for name, size in (("a.png", (90, 70)), ("b.jpg.png", (120, 200)), ("b.jpg.png.png", (64, 64))):
+        assert Image.open(out / "boxes" / "in" / name).size == size
+    os.environ.pop("RUN_DIR")
+    assert main(["predict", *words, f"images={tmp_path / 'new' / 'in' / 'a.png'}"]) == 0
+    assert [path.name for path in (out / "boxes").rglob("*.png")] == ["a.png"]
+
+
+def test_what_the_data_said_is_in_the_checkpoint(run):
+    seen = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert seen["trained_on"]["sides"] == ([96], 96)
+    model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert model.classes == [(str(digit), digit) for digit in range(10)]
     batch = model._resized({"image": torch.rand(1, 3, 200, 120) * 2 - 1, "index": torch.arange(1)})
-    assert batch["image"].shape == (1, 3, 128, 96)
-    assert batch["size"].tolist() == [[128, 77]]
+    assert batch["image"].shape == (1, 3, 96, 64)
+    assert batch["size"].tolist() == [[96, 58]]
     assert batch["original_size"].tolist() == [[200, 120]]
     given = {"image": torch.rand(1, 3, 96, 96), "index": torch.arange(1), "original_size": torch.tensor([[300, 60]])}
     assert model._resized(given)["original_size"].tolist() == [[300, 60]]

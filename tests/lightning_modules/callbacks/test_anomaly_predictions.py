@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 
 from penstock.lightning_modules.calibration import Calibration
 from penstock.lightning_modules.callbacks.anomaly_pictures import heat
-from penstock.lightning_modules.callbacks.anomaly_predictions import AnomalyPredictions, clear, picture_name
+from penstock.lightning_modules.callbacks.anomaly_predictions import FOLDERS, SCORES, AnomalyPredictions
+from penstock.lightning_modules.callbacks.prediction_files import clear, picture_name
 
 SIZES = [(24, 60), (8, 8), (5, 3)]  # of originals; the model sees 8 x 8
 
@@ -72,17 +73,17 @@ def test_what_others_wrote_stays(written):
         file.write_bytes(b"mine")
     cut = folder / "masks" / "0.png"
     cut.write_bytes(cut.read_bytes()[:-20])  # as a run that was stopped leaves it
-    clear(folder)
+    clear(folder, SCORES, FOLDERS.values())
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(own)
 
 
 def test_folders_without_pictures_go(written):
     folder, *_ = written
     (folder / "heat" / "own").mkdir()
-    clear(folder)
+    clear(folder, SCORES, FOLDERS.values())
     assert sorted(folder.rglob("*")) == [folder / "heat", folder / "heat" / "own"]
 
 
 def test_nothing_is_cleared_where_there_is_nothing(tmp_path):
-    clear(tmp_path / "predictions")
+    clear(tmp_path / "predictions", SCORES, FOLDERS.values())
     assert not list(tmp_path.iterdir())
