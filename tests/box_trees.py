@@ -1,10 +1,13 @@
-"""Small sets of images with boxes, laid out as COCO and as Pascal VOC."""
+"""Small sets of images with boxes, laid out as COCO and as Pascal VOC, and what tests of them share."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from penstock.datamodules.detection import Detection
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}, {"id": 90, "name": "toothbrush"}]
 SIZES = ((48, 64), (64, 48), (50, 50), (40, 90), (90, 40))
@@ -91,3 +94,20 @@ def voc(root: Path, counts=(("train", 6), ("val", 3), ("test", 2))) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             picture(1000 * n + k, height, width).save(file)
     return root
+
+
+def ready(root: Path, **options: object) -> Detection:
+    """Data of a folder, set up."""
+    options = {"min_size": 64, "max_size": 128, "batch_size": 4, "flip": False, "seed": 3} | options
+    data = Detection("mine", str(root), **options)
+    data.setup()
+    return data
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two batches are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.dtype == b.dtype and torch.equal(a, b)
