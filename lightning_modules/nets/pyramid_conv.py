@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.deformable import deformed
 
 Pyramid = Sequence[Tensor]
 RIGID = 1  # levels below this one are convolved without offsets
@@ -47,7 +47,7 @@ class ScaleEqualizingConv(nn.Conv2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()
-            return deform_conv2d(x, self.conv_offset(x), self.weight, self.bias, self.stride, self.padding)
+            return deformed(x, self.conv_offset(x), self.weight, self.bias, self.stride[0], self.padding[0])
 
 
 def integrated(norm: nn.BatchNorm2d, pyramid: Pyramid) -> list[Tensor]:
