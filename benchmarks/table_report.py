@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from penstock.benchmarks.report import command, table
 from penstock.benchmarks.table_spec import MEAN, Reference, Run, Table, Tier
 
-Results = dict[tuple[str, str], dict[str, Any]]
+Results = dict[Run, dict[str, Any]]
 VERSIONS = ("python", "torch", "lightning", "penstock")
 
 
@@ -18,17 +18,17 @@ def references(spec: Table, tier: Tier) -> list[Reference]:
     return [ref for ref in spec.references if any(rows & values.keys() for values in ref.values.values())]
 
 
-def ours(results: Results, row: str, column: str, metric: str) -> float | None:
-    """Our number; None where the row has not finished or has no such metric."""
-    found = results.get((row, column), {}).get("metrics", {}).get(metric)
-    return None if found is None else float(found)
+def values(results: Results, tier: Tier, row: str, column: str, metric: str) -> list[float]:
+    """Our numbers of a cell, one a seed; none of runs that have not finished or have no such metric."""
+    found = [results.get(run, {}).get("metrics", {}).get(metric) for run in tier.cell(row, column)]
+    return [float(value) for value in found if value is not None]
 
 
 def our_mean(results: Results, tier: Tier, column: str, metric: str) -> tuple[float, int, int] | None:
     """The mean of a column, of how many rows it is, and how many there should be."""
-    rows = [run.row for run in tier.runs if run.column == column]
-    values = [value for row in rows if (value := ours(results, row, column, metric)) is not None]
-    return (fmean(values), len(values), len(rows)) if values else None
+    rows = [row for row in tier.rows if tier.cell(row, column)]
+    found = [fmean(one) for row in rows if (one := values(results, tier, row, column, metric))]
+    return (fmean(found), len(found), len(rows)) if found else None
 
 
 def head(tier: Tier, column: str) -> str:
@@ -47,8 +47,8 @@ def metric_rows(spec: Table, tier: Tier, results: Results, metric: str) -> list[
                 mean = our_mean(results, tier, column, metric)
                 line[head(tier, column)] = _mean(*mean) if mean else ""
             else:
-                value = ours(results, row, column, metric)
-                line[head(tier, column)] = "" if value is None else f"{value:.3f}"
+                found = values(results, tier, row, column, metric)
+                line[head(tier, column)] = _several(found, len(tier.cell(row, column)))
         for ref in refs:
             value = ref.values[metric].get(row)
             line[ref.name] = "" if value is None else f"{value:.3f}" + ("*" if ref.recalled(row) else "")
@@ -58,7 +58,7 @@ def metric_rows(spec: Table, tier: Tier, results: Results, metric: str) -> list[
 
 def run_rows(tier: Tier, results: Results) -> list[dict[str, Any]]:
     """Where each number of ours comes from."""
-    return [_origin(tier, run, results.get((run.row, run.column))) for run in tier.runs]
+    return [_origin(tier, run, results.get(run)) for run in tier.runs]
 
 
 def write(spec: Table, tier: Tier, results: Results, out: Path) -> Path:
@@ -67,7 +67,7 @@ def write(spec: Table, tier: Tier, results: Results, out: Path) -> Path:
     Args:
         spec: The table.
         tier: Of which all results are.
-        results: (row, column) -> what `table_rows.finish` returned; rows that have not finished are left out.
+        results: What `table_rows.finish` returned; runs that have not finished are left out.
         out: Folder, made where it is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -94,9 +94,7 @@ def write(spec: Table, tier: Tier, results: Results, out: Path) -> Path:
         "tier": tier.name,
         "command": command(),
         "metrics": spec.metrics,
-        "rows": [
-            {"row": row, "column": column, "tier": tier.name, **found} for (row, column), found in results.items()
-        ],
+        "rows": [{"row": run.row, "column": run.column, "tier": tier.name, **found} for run, found in results.items()],
         "references": [vars(ref) for ref in refs],
     }
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -118,12 +116,14 @@ def plot(spec: Table, tier: Tier, results: Results, path: Path) -> None:
     marks = {ref.name: (f"C{i % 10}", "Ds^v"[i // 10 % 4]) for i, ref in numbered}
     for metric, axis in zip(spec.metrics, axes.flat):
         for i, column in enumerate(tier.columns):
-            values = {row: ours(results, row, column, metric) for row in tier.rows}
+            found = {row: values(results, tier, row, column, metric) for row in tier.rows}
             mean = our_mean(results, tier, column, metric)
             if tier.mean and mean and mean[1] == mean[2]:
-                values[MEAN] = mean[0]
-            points = [(value, rows.index(row)) for row, value in values.items() if value is not None]
+                found[MEAN] = [mean[0]]
+            points = [(fmean(each), rows.index(row)) for row, each in found.items() if each]
             axis.plot(*(zip(*points) if points else ([], [])), "o", color=f"C{i}", label=head(tier, column), zorder=3)
+            for row, each in found.items():
+                axis.plot(each, [rows.index(row)] * len(each), ".", color=f"C{i}", markersize=3, zorder=4)
         for ref in references(spec, tier):
             points = [(v, rows.index(row)) for row, v in ref.values.get(metric, {}).items() if row in rows]
             colour, marker = marks[ref.name]
@@ -138,8 +138,20 @@ def plot(spec: Table, tier: Tier, results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _several(found: list[float], runs: int) -> str:
+    """The mean of seeds with its deviation, and how many there are where some are missing."""
+    if not found:
+        return ""
+    spread = f" +- {_number(stdev(found))}" if len(found) > 1 else ""
+    return f"{_number(fmean(found))}{spread}" + (f" ({len(found)} of {runs})" if len(found) < runs else "")
+
+
 def _mean(value: float, rows: int, all_rows: int) -> str:
-    return f"{value:.3f}" + (f" ({rows} of {all_rows})" if rows < all_rows else "")
+    return _number(value) + (f" ({rows} of {all_rows})" if rows < all_rows else "")
 
 
 def _origin(tier: Tier, run: Run, found: dict[str, Any] | None) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def _origin(tier: Tier, run: Run, found: dict[str, Any] | None) -> dict[str, Any
         "column": run.column,
         "tier": tier.name,
         "status": ("failed" if code else "done") if found else "not run",
-        "seed": found.get("seed"),
+        "seed": found.get("seed", run.seed),
         "batch": found.get("batch"),
         "epochs": found.get("epochs"),
         "wall time, s": found.get("seconds") and f"{found['seconds']:.0f}",

@@ -7,6 +7,7 @@
       smoke:                           # smoke, small or paper
         note: what it takes
         mean: true                     # whether a mean over the rows says something
+      seeds: [0, 1, 2]               # optional: every run once with each; the report has means and deviations
         runs:
           - {row: tile, column: FastFlow, words: [experiment=..., "key={weights}"]}
           - {each: {data.category: [bottle, cable]}, column: ResNet-18, words: [experiment=...]}   # a row a value
@@ -20,7 +21,7 @@
 `{weights}` in a word stands for the file that the command line names.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,19 @@ WEIGHTS = "{weights}"
 
 @dataclass(frozen=True)
 class Run:
-    """One number of each metric: `penstock fit <words>`.
+    """One value of each metric: `penstock fit <words>`.
 
     Attributes:
         row: Line of the table.
         column: Column of the table, of our own numbers.
         words: Of the command line.
+        seed: None is the one that the command line names.
     """
 
     row: str
     column: str
     words: tuple[str, ...]
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Tier:
         name: One of `TIERS`.
         note: What it takes.
         mean: Whether the report has the mean over the rows.
-        runs: In the order of the table.
+        runs: In the order of the table, those of one cell with different seeds.
     """
 
     name: str
@@ -73,6 +76,10 @@ class Tier:
     @property
     def columns(self) -> list[str]:
         return list(dict.fromkeys(run.column for run in self.runs))
+
+    def cell(self, row: str, column: str) -> list[Run]:
+        """Runs of one number of each metric."""
+        return [run for run in self.runs if (run.row, run.column) == (row, column)]
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def _checked(path: Path, place: str, node: Any, needed: tuple[str, ...], more: t
 
 def _tier(path: Path, name: str, node: Any) -> Tier:
     place = f"tiers.{name}"
-    node = _checked(path, place, node, ("note", "mean", "runs"))
+    node = _checked(path, place, node, ("note", "mean", "runs"), ("seeds",))
     runs: list[Run] = []
     for entry in node["runs"]:
         entry = _checked(path, f"{place}.runs", entry, ("column", "words"), ("row", "each"))
@@ -169,6 +176,10 @@ def _tier(path: Path, name: str, node: Any) -> Tier:
     cells = [(run.row, run.column) for run in runs]
     if double := next((cell for cell in cells if cells.count(cell) > 1), None):
         raise UserError(f"{path}: {place}.runs: two of row '{double[0]}' in column '{double[1]}', expected one")
+    seeds = node.get("seeds", [None])
+    if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
+        raise UserError(f"{path}: {place}.seeds: found {seeds}, expected a list of different whole numbers")
+    runs = [replace(run, seed=seed) for run in runs for seed in seeds]
     return Tier(name, node["note"], node["mean"], tuple(runs))
 
 

@@ -27,14 +27,17 @@ def check_rows(tier: Tier, only: list[str]) -> None:
             raise UserError(f"--only {row}: no such row{did_you_mean(row, tier.rows)}; found {', '.join(tier.rows)}")
 
 
-def planned(tier: Tier, only: list[str], more: list[str], weights: Path | None, out: Path) -> tuple[Planned, Planned]:
+def planned(
+    tier: Tier, only: list[str], more: list[str], weights: Path | None, out: Path, seed: int
+) -> tuple[Planned, Planned]:
     """Words and folder of every run: of the rows `only`, or all, and of the others that words can be made for."""
     asked, others = [], []
     for run in tier.runs:
         mine = not only or run.row in only
         if not mine and not weights and any(WEIGHTS in word for word in run.words):
             continue
-        words = table_rows.words_of(run, more, weights)
+        seeded = f"seed_everything={seed if run.seed is None else run.seed}"
+        words = table_rows.words_of(run, [seeded, *more], weights)
         place = out / "rows" / table_rows.key_of(words, weights)
         (asked if mine else others).append((run, words, place))
     return asked, others
@@ -57,13 +60,14 @@ def make(
     results: table_report.Results = {}
     for run, _, folder in [*plan, *others]:
         if found := table_rows.result(folder):
-            results[run.row, run.column] = found
+            results[run] = found
     code = 0
     try:
         for number, (run, words, folder) in enumerate(plan, start=1):
-            known = "kept" if (run.row, run.column) in results else "running"
-            print(f"{number} of {len(plan)}: {run.row}, {run.column}: {known}, {folder}", flush=True)
-            found = results[run.row, run.column] = table_rows.finish(run, words, folder, environment, runner)
+            known = "kept" if run in results else "running"
+            seeded = "" if run.seed is None else f", seed {run.seed}"
+            print(f"{number} of {len(plan)}: {run.row}, {run.column}{seeded}: {known}, {folder}", flush=True)
+            found = results[run] = table_rows.finish(run, words, folder, environment, runner)
             if found["exit_code"]:
                 code = 1
                 print(f"failed with exit code {found['exit_code']}: {found['log']}", file=sys.stderr, flush=True)
@@ -77,7 +81,7 @@ def make(
 def main(argv: Sequence[str] | None = None, runner: table_rows.Runner = table_rows.fit) -> int:
     """Runs a tier of a table; returns the exit code."""
     options = parser(__doc__)
-    options.set_defaults(out=OUT)
+    options.set_defaults(out=OUT, seed=None)
     options.add_argument("table", help="name of a file in conf/table (penstock list tables)")
     options.add_argument("--tier", default="smoke", choices=TIERS)
     options.add_argument("--data", type=Path, help="PENSTOCK_DATA of the runs: folder of the data sets' folders")
@@ -102,9 +106,12 @@ def _main(given, runner: table_rows.Runner) -> int:
     if given.data and not given.data.is_dir():
         raise UserError(f"--data {given.data}: no such folder")
     weights, out = given.weights and given.weights.resolve(), given.out.resolve()
-    more = [f"seed_everything={given.seed}", *given.word]
     check_rows(tier, given.only)
-    plan, others = planned(tier, given.only, more, weights, out)
+    if given.seed is not None and any(run.seed is not None for run in tier.runs):
+        raise UserError(
+            f"--seed {given.seed}: tier {tier.name} of {given.table} has seeds of its own, expected no --seed"
+        )
+    plan, others = planned(tier, given.only, given.word, weights, out, given.seed or 0)
     own = {"PENSTOCK_DATA": str(given.data.resolve())} if given.data else {}
     own |= {"OMP_NUM_THREADS": str(given.threads)} if given.threads else {}
     if given.dry_run:

@@ -125,9 +125,28 @@ def test_our_numbers_stand_beside_those_of_others(own, tmp_path):
 def test_the_plot_is_a_picture_also_of_unfinished_rows(tmp_path):
     table = read("fastflow_mvtec")
     tier = table.tier("small")
-    plot(table, tier, {("carpet", "ResNet-18"): {"metrics": {"pixel_auroc": 0.9}}}, tmp_path / "a.png")
+    plot(table, tier, {tier.cell("carpet", "ResNet-18")[0]: {"metrics": {"pixel_auroc": 0.9}}}, tmp_path / "a.png")
     width, height = Image.open(tmp_path / "a.png").size
     assert width > height > 500
+
+
+def test_seeds_of_a_tier_make_a_mean_and_a_deviation(own, tmp_path, capsys):
+    own("note: Days.\n    mean: false", "note: Days.\n    mean: false\n    seeds: [3, 5, 9]")
+    given = ["small", "--out", "out", "--tier", "paper"]
+    stub = Stub([0.7, 0.8, 0.9], stop_at=3)
+    assert tables.main(given, stub) == 130
+    assert [word for words in stub.asked for word in words if word.startswith("seed_everything")] == [
+        f"seed_everything={seed}" for seed in (3, 5, 9)
+    ]
+    assert report(tmp_path, "small_paper")[1][2] == ["3", "0.750 +- 0.071 (2 of 3)", "0.750*"]
+    assert tables.main(given, Stub([0.9])) == 0
+    text, rows, record = report(tmp_path, "small_paper")
+    assert rows[2] == ["3", "0.800 +- 0.100", "0.750*"]
+    assert "3 of 3 runs finished" in text
+    assert [row["metrics"]["image_auroc"] for row in record["rows"]] == [0.7, 0.8, 0.9]
+    capsys.readouterr()
+    assert tables.main([*given, "--seed", "1"], Stub()) == 2
+    assert "--seed 1: tier paper of small has seeds of its own" in capsys.readouterr().err
 
 
 def test_finished_rows_are_kept_by_their_configuration(own, tmp_path):
