@@ -54,9 +54,11 @@ def integrated(norm: nn.BatchNorm2d, pyramid: Pyramid) -> list[Tensor]:
     """Integrated batch norm (section 2.3): one mean and one variance of all positions of all levels.
 
     Args:
-        norm: Of C channels; in training mode, its running statistics move once.
+        norm: Of C channels; in training mode, its running statistics move once; else it is the same for every map.
         pyramid: Maps `(B, C, H_l, W_l)`.
     """
+    if not norm.training:
+        return [norm(x) for x in pyramid]
     sizes = [x.shape[-2:] for x in pyramid]
     flat = norm(torch.cat([x.flatten(2) for x in pyramid], 2).unsqueeze(-1)).squeeze(-1)
     parts = flat.split([h * w for h, w in sizes], 2)
