@@ -4,9 +4,11 @@
 random weights: predictions (boxes and their selection) of one image, and steps of training (losses, gradients, SGD). By
 default ResNet-50 with 256 channels and 80 classes at 800x1344, as the paper measures, and a step of training as
 `experiment=sepc_bccd` has it. Operations count a multiplication and an addition as two; a unit of the necks is a 3x3
-convolution of all levels.
+convolution of all levels. `--forms` compares forms of SEPC-lite instead: as it is, with norms folded into convolutions,
+in memory order NHWC, and compiled.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -78,6 +80,39 @@ def predictions(size: tuple[int, int], device: torch.device, rounds: int, backbo
     ]
 
 
+def forms(size: tuple[int, int], device: torch.device, rounds: int, backbone: str, channels: int, classes: int):
+    """A line for each way to run SEPC-lite, with the largest difference of its maps to those of the first."""
+    plain = detectors(backbone, channels, classes)["SEPC-lite"].to(device).eval()
+    image = torch.rand(1, 3, *size, device=device) * 2 - 1
+    with torch.no_grad():
+        pyramid = plain.pyramid(plain.backbone(image))
+        plain.neck.train()(pyramid)  # norms see what they are given, or they would be the identity
+        plain.eval()
+    folded = copy.deepcopy(plain)
+    folded.neck = folded.neck.folded()
+    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    compiled = copy.deepcopy(folded)
+    compiled.compile(dynamic=False)
+    nets = {"as it is": plain, "folded": folded, "folded, channels_last": last, "folded, compiled": compiled}
+
+    def run(net: Detector) -> list[Tensor]:
+        with torch.inference_mode():
+            return [*(found := net(image)).logits, *found.codes]
+
+    works = {name: partial(run, net) for name, net in nets.items()}
+    taken = alternate(works, rounds, device)
+    expected = run(plain)
+    return [
+        {
+            "form": name,
+            "ms": 1e3 * median(taken[name]),
+            "of the first": ratio(taken[name], taken["as it is"]),
+            "largest difference": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(work(), expected)),
+        }
+        for name, work in works.items()
+    ]
+
+
 def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
     """(H_l, W_l) of the five levels of an image."""
     return [tuple(-(-side // stride) for side in size) for stride in (8, 16, 32, 64, 128)]
@@ -118,12 +153,13 @@ def steps(size: tuple[int, int], batch: int, device: torch.device, rounds: int, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes `sepc_cost_<device>` and `sepc_steps_<device>` in the results folder."""
+    """Writes `sepc_cost_<device>` and `sepc_steps_<device>`, or `sepc_forms_<device>`, in the results folder."""
     options = parser(__doc__)
     options.add_argument("--device", default="cpu", type=torch.device)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--size", type=int, nargs=2, default=(800, 1344), help="height and width of predictions")
     options.add_argument("--train-size", type=int, nargs=2, default=(240, 320), help="height and width of training")
+    options.add_argument("--forms", action="store_true", help="forms of SEPC-lite in place of detectors")
     options.add_argument("--batch", type=int, default=4, help="images of a step of training")
     given = options.parse_args(argv)
     if given.threads:
@@ -131,6 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(given.seed)
     device, (height, width) = given.device, given.size
     common: dict[str, Any] = {"seed": given.seed, "out": given.out}
+    if given.forms:
+        rows = forms((height, width), device, given.rounds, "resnet50", 256, 80)
+        title = f"Forms of SEPC-lite, maps of an image at {height}x{width}, ResNet-50, 256 channels, 80 classes"
+        write(f"sepc_forms_{device.type}", {"rounds": given.rounds}, rows, title=title, **common)
+        return 0
     rows = predictions((height, width), device, given.rounds, "resnet50", 256, 80)
     title = f"Predictions of an image at {height}x{width}, ResNet-50, 256 channels, 80 classes"
     write(f"sepc_cost_{device.type}", {"rounds": given.rounds}, rows, title=title, **common)

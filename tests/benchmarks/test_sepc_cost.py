@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from penstock.benchmarks.sepc_cost import NECKS, PEER, predictions, sizes_of, steps
+from penstock.benchmarks.sepc_cost import NECKS, PEER, forms, predictions, sizes_of, steps
+from penstock.lightning_modules.nets.detector import Detector
 
 
 def test_a_line_for_each_detector_with_the_units_of_its_neck():
@@ -27,3 +28,11 @@ def test_steps_train_every_detector():
     assert [row["detector"] for row in rows] == [*NECKS, PEER]
     assert rows[0]["over the baseline, %"] == 0
     assert rows[-1]["faster than torchvision's"] == 1
+
+
+def test_forms_give_the_same_maps(monkeypatch):
+    monkeypatch.setattr(Detector, "compile", lambda self, **_: None)  # takes minutes
+    rows = forms((128, 160), torch.device("cpu"), 1, "resnet18", 16, 3)
+    assert [row["form"] for row in rows] == ["as it is", "folded", "folded, channels_last", "folded, compiled"]
+    assert max(row["largest difference"] for row in rows) < 1e-4
+    assert rows[1]["largest difference"] > 0
