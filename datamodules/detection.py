@@ -31,6 +31,8 @@ class Detection(BoxedData):
         flip: mirror half of the training images left to right.
         group_aspects: a training batch has wide images only, or tall ones only.
         keep_empty: train on images without boxes, too.
+        trainval: train on the validation images too, as Pascal VOC's protocol has it; the set needs test images of its
+            own then, and nothing is left to validate on unless `val_fraction` holds some out.
         val_fraction: part of the training images held out, in [0, 1), where the set has no validation images.
         memory_gb: decoded images are kept in memory when all fit in this many GB; 0 = decode in the workers each time.
         batch_size: global training batch.
@@ -54,6 +56,7 @@ class Detection(BoxedData):
         flip: bool = True,
         group_aspects: bool = True,
         keep_empty: bool = False,
+        trainval: bool = False,
         val_fraction: float = 0.0,
         memory_gb: float = 4.0,
         batch_size: int = 16,
@@ -75,7 +78,7 @@ class Detection(BoxedData):
             seed=seed,
         )
         self.name, self.data_dir, self.homepage = name, data_dir, homepage
-        self.classes, self.val_fraction = classes, val_fraction
+        self.classes, self.trainval, self.val_fraction = classes, trainval, val_fraction
 
     def build(self) -> tuple[BoxedStore, dict[str, np.ndarray]]:
         root = find_folder(self.name, self.data_dir)
@@ -99,10 +102,16 @@ class Detection(BoxedData):
         edges = np.cumsum([0, *(len(part.files) for part in parts)])
         numbers = {split: np.arange(0) for split in ("train", "val", "test")}
         numbers |= {split: np.arange(a, b) for split, a, b in zip(found.splits, edges, edges[1:])}
+        if self.trainval:
+            if missing := [split for split in ("val", "test") if not len(numbers[split])]:
+                raise UserError(f"data.trainval: '{self.name}' has no {missing[0]} images; expected all three splits")
+            numbers["train"] = np.concatenate([numbers["train"], numbers["val"]])
+            numbers["val"] = np.arange(0)
         if self.val_fraction:
             if len(numbers["val"]):
                 raise UserError(f"data.val_fraction: '{self.name}' has validation images of its own; expected 0")
-            numbers["train"], numbers["val"] = held_out(len(numbers["train"]), self.val_fraction)
+            kept, held = held_out(len(numbers["train"]), self.val_fraction)
+            numbers["train"], numbers["val"] = numbers["train"][kept], numbers["train"][held]
         source = FileSource(root, [file for part in parts for file in part.files], None, [])
         store, numbers = self.furnish(table, source, numbers)
         made_of = FileSource(root, [file for part in parts for file in part.made_of], None, [])

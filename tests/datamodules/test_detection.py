@@ -309,6 +309,19 @@ def test_missing_splits(tmp_path):
     assert data.numbers["test"].tolist() == [10, 11, 12]
 
 
+def test_trainval(tmp_path):
+    coco(tmp_path, (("train", 10), ("val", 4), ("test", 3)))
+    data = ready(tmp_path, trainval=True, keep_empty=True)
+    assert {split: n.tolist() for split, n in data.numbers.items()} == {
+        "train": list(range(14)),
+        "val": [],
+        "test": [14, 15, 16],
+    }
+    data = ready(tmp_path, trainval=True, val_fraction=0.5, keep_empty=True)
+    assert (len(data.numbers["train"]), len(data.numbers["val"])) == (7, 7)
+    assert sorted([*data.numbers["train"], *data.numbers["val"]]) == list(range(14))
+
+
 def test_turned_photographs(tmp_path):
     """Annotated as they lie in the file, or as viewers show them."""
     coco(tmp_path, (("train", 6), ("val", 1)), sizes=((40, 60),))

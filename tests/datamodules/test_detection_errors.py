@@ -223,6 +223,19 @@ def test_wrong_settings(tmp_path, options, line):
     refused(line, coco(tmp_path), **options)
 
 
+def test_trainval_needs_all_splits(tmp_path):
+    refused(
+        r"^data\.trainval: 'mine' has no test images; expected all three splits$",
+        coco(tmp_path / "a", (("train", 10), ("val", 4))),
+        trainval=True,
+    )
+    refused(
+        r"^data\.trainval: 'mine' has no val images; expected all three splits$",
+        coco(tmp_path / "b", (("train", 10), ("test", 4))),
+        trainval=True,
+    )
+
+
 def test_wrong_scenes():
     for options, line in (
         ({"scenes": 3}, r"^data\.scenes: found 3, expected at least 4$"),
