@@ -1,10 +1,13 @@
 """SEPC, arXiv 2005.03101: detectors with a pyramid convolution neck, and the same detectors without it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
@@ -48,9 +51,9 @@ class Sepc(LightningModule):
         if self.initial:
             self.net.backbone.load()
             self.initial = None
-        if stage != "fit":
-            return
         data, own = self.trainer.datamodule, self.net.num_classes
+        if not hasattr(data, "category_ids"):  # pictures of a folder
+            return
         if data.num_classes != own:
             raise UserError(f"num_classes: found {own}, expected {data.num_classes}, the data's classes")
         self.classes = list(zip(data.class_names, data.category_ids))
@@ -85,6 +88,14 @@ class Sepc(LightningModule):
         return self.predict_step(batch, batch_idx)
 
     test_step = validation_step
+
+    def on_validation_end(self) -> None:
+        """`validate` of weights of another program leaves the model in `checkpoints/converted.ckpt`."""
+        trainer, file = self.trainer, self.net.converted_from
+        if file and trainer.state.fn == TrainerFn.VALIDATING and not (trainer.ckpt_path or trainer.fast_dev_run):
+            path = Path(trainer.default_root_dir, "checkpoints", "converted.ckpt")
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"converted: {path}")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`.

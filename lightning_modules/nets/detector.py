@@ -79,10 +79,12 @@ class BoxNetwork(nn.Module):
     Attributes:
         backbone: Loads its weights.
         num_classes: K.
+        converted_from: File of another program that its weights are from, if any.
     """
 
     backbone: TrainedBackbone
     num_classes: int
+    converted_from: str | None = None
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Scalars by name, to be summed up.

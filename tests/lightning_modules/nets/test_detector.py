@@ -1,4 +1,4 @@
-"""One-stage detectors: what trains, what heads start from, and the official code's names."""
+"""One-stage detectors: what trains, and what heads start from."""
 
 from functools import partial
 
@@ -15,7 +15,6 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import Detector, Neck, Towers
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConvNeck
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
-from penstock.lightning_modules.weights.sepc import converted
 
 SQUARE = Anchors(scales=(1.0,), ratios=(1.0,))
 ONE_LAYER = partial(Towers, layers=1)
@@ -86,38 +85,3 @@ def test_norms_of_what_trains():
 def test_numbers_that_are_no_maps():
     with pytest.raises(UserError, match=r"backbone.frozen: found 9, expected -1 to 4 of resnet18"):
         TrainedBackbone("resnet18", frozen=9, weights="random")
-
-
-@pytest.mark.parametrize("neck", ["pconv", "towers"])
-def test_official_names(neck):
-    """A state dict with the official code's names and shapes loads whole, and each entry goes where it belongs."""
-    options = {"pconv_deform": True, "lcconv_deform": True, "ibn": True, "lcconv_padding": 0}
-    own = Towers if neck == "towers" else partial(PyramidConvNeck, **options)
-    net = detector(Retina(80, Anchors(legacy=True), Deltas(extent=1.0)), own, 256, "resnet50")
-    official = {}
-    for name, x in net.state_dict().items():
-        name = name.replace("backbone.net.", "backbone.").replace("head.", "bbox_head.retina_")
-        for old, new in (
-            ("pyramid.fpn.inner_blocks.{}.0.", "neck.0.lateral_convs.{}.conv."),
-            ("pyramid.fpn.layer_blocks.{}.0.", "neck.0.fpn_convs.{}.conv."),
-        ):
-            for k in range(3):
-                name = name.replace(old.format(k), new.format(k))
-        for k in range(2):
-            name = name.replace(f"pyramid.fpn.extra_blocks.convs.{k}.", f"neck.0.fpn_convs.{k + 3}.conv.")
-        if neck == "towers":
-            for k in range(4):
-                name = name.replace(f"neck.cls_convs.{k}.", f"bbox_head.cls_convs.{k}.conv.")
-                name = name.replace(f"neck.reg_convs.{k}.", f"bbox_head.reg_convs.{k}.conv.")
-            name = name.replace("neck.0.", "neck.")
-        elif name.startswith("neck.") and not name.startswith("neck.0."):
-            name = name.replace("neck.", "neck.1.", 1)
-        official[name] = torch.randn(x.shape) if x.is_floating_point() else x
-    assert "backbone.layer3.5.conv2.weight" in official
-    assert tuple(official["bbox_head.retina_cls.weight"].shape) == (720, 256, 3, 3)
-    if neck == "pconv":
-        assert tuple(official["neck.1.Pconvs.3.Pconv.2.conv_offset.weight"].shape) == (18, 256, 3, 3)
-    assert "neck.0.fpn_convs.4.conv.bias" in official or "neck.fpn_convs.4.conv.bias" in official
-    net.load_state_dict(converted(official))
-    with pytest.raises(UserError, match=r"found 'roi_head\.fc'"):
-        converted({"roi_head.fc": torch.zeros(1)})
