@@ -1,14 +1,19 @@
-"""COCO's metrics against pycocotools, and the file of results."""
+"""COCO's metrics against pycocotools and over two ranks, and the file of results."""
 
 import contextlib
+import importlib
 import io
 import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import running
 from torch import Tensor
 
 from penstock.lightning_modules.callbacks.detection_metrics import average_precision, write_results
+from tests.box_trees import coco
 
 CLASSES = ["cat", "dog", "bird", "fish"]
 
@@ -118,3 +123,25 @@ def test_results_file(tmp_path):
     write_results(tmp_path / "r.json", [one], [{"image_id": torch.tensor(7)}], [3, 9])
     rows = json.loads((tmp_path / "r.json").read_text())
     assert rows == [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 6], "score": 0.5}]
+
+
+def test_two_ranks_are_one(fakes, tmp_path, monkeypatch):
+    """An odd number of images, some without boxes, and images that come twice where a sampler pads."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setitem(importlib.sys.modules, "fakes", fakes)
+    made = importlib.import_module("detection_model")
+    tree = coco(tmp_path / "tree", (("train", 20), ("val", 7), ("test", 5)))
+    with running(Path(made.__file__), tree, tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = made.run(1, tree, tmp_path / "one")
+    two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert (one["world"], two[0]["world"]) == (1, 2)
+    assert sorted(len(found["val_seen"]) for found in two) == [3, 4]
+    assert sorted(two[0]["val_seen"] + two[1]["val_seen"]) == one["val_seen"] == list(range(20, 27))
+    assert sorted(two[0]["test_seen"] + two[1]["test_seen"]) == [27, 27, 28, 29, 30, 31]
+    assert two[0]["fit"] == two[1]["fit"] == one["fit"]
+    assert two[0]["test"] == two[1]["test"] == one["test"]
+    assert 0.2 < one["fit"]["val/ap50"] < 0.99
+    assert 0.2 < one["test"]["ap50"] < 0.99
+    file = Path("detections", "test.json")
+    assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
