@@ -7,18 +7,22 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import BoxNetwork
+from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
 from penstock.lightning_modules.training import optimizers
 
 
 class Sepc(LightningModule):
     """Trains a detector: one-stage with a neck and a host, or two-stage with pyramid convolutions.
+
+    As in the official code, integrated batch norms take the statistics of a rank's images, and losses are divided by
+    the number of a rank's positives: training on several ranks is not that on one.
 
     Args:
         net: Gives `losses` and `detections`.
@@ -58,6 +62,16 @@ class Sepc(LightningModule):
             raise UserError(f"num_classes: found {own}, expected {data.num_classes}, the data's classes")
         self.classes = list(zip(data.class_names, data.category_ids))
         self.resizing, self.pad_multiple = data.resizing, data.pad_multiple
+
+    def on_fit_start(self) -> None:
+        """Warns of statistics of a single image."""
+        batch, world = self.trainer.datamodule.batch_size, self.trainer.world_size
+        if batch == world and any(isinstance(m, PyramidConv) and m.bn is not None for m in self.net.modules()):
+            rank_zero_warn(
+                f"data.batch_size: found {batch}, one image a rank; integrated batch norm then has its statistics of a "
+                "single image, and those that it keeps for evaluation are noisy; expected about four images a rank, "
+                f"data.batch_size={4 * world}, or a neck without it (neck=pconv, neck=towers)"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sides = self.resizing and (list(self.resizing.sides), self.resizing.longest)

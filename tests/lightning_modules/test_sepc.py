@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -128,3 +129,18 @@ def test_two_stages(tmp_path):
 def test_classes_of_other_data(tmp_path, capsys):
     assert main(["fit", *TINY, "num_classes=4", f"run_dir={tmp_path / 'run'}"]) == 2
     assert "num_classes: found 4, expected 10, the data's classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("neck", "images", "said"), [("sepc_lite", 1, 1), ("pconv_ibn", 2, 0), ("pconv", 1, 0), ("towers", 1, 0)]
+)
+def test_statistics_of_a_single_image_are_warned_of(neck, images, said, tmp_path):
+    words = [word for word in TINY if not word.startswith(("data.batch_size", "trainer.limit"))]
+    words += [f"neck={neck}", f"data.batch_size={images}", "trainer.fast_dev_run=1", f"run_dir={tmp_path / 'run'}"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["fit", *words]) == 0
+    text = [str(one.message) for one in caught if "integrated batch norm" in str(one.message)]
+    assert len(text) == said
+    assert all("data.batch_size: found 1, one image a rank;" in line for line in text)
+    assert all("data.batch_size=4, or a neck without it" in line for line in text)

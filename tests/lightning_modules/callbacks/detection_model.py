@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from penstock.datamodules.detection import Detection
 from penstock.lightning_modules.callbacks.detection_metrics import DetectionMetrics
+from penstock.lightning_modules.callbacks.inference_cost import InferenceCost
 
 
 class Mover(pl.LightningModule):
@@ -34,6 +35,9 @@ class Mover(pl.LightningModule):
         return {"index": batch["index"], **{name: [one[name] for one in found] for name in found[0]}}
 
     test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return {"index": batch["index"]}
 
     def targets(self, index):
         return zip(index.tolist(), self.trainer.datamodule.targets(index))
@@ -67,7 +71,11 @@ def run(world: int, tree: Path, folder: Path) -> dict:
     module, data = Mover(), Padded("mine", str(tree), min_size=64, max_size=128, batch_size=2, eval_batch_size=4)
     settings = {"devices": world, "strategy": "ddp"} if world > 1 else {}
     trainer = fakes.quiet_trainer(
-        folder, [DetectionMetrics()], num_sanity_val_steps=0, use_distributed_sampler=False, **settings
+        folder,
+        [DetectionMetrics(), InferenceCost(runs=1)],
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **settings,
     )
     trainer.fit(module, datamodule=data)
     fitted, seen = {name: float(value) for name, value in trainer.callback_metrics.items()}, module.seen

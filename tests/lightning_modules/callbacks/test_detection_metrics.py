@@ -140,7 +140,11 @@ def test_two_ranks_are_one(fakes, tmp_path, monkeypatch):
     assert sorted(two[0]["val_seen"] + two[1]["val_seen"]) == one["val_seen"] == list(range(20, 27))
     assert sorted(two[0]["test_seen"] + two[1]["test_seen"]) == [27, 27, 28, 29, 30, 31]
     assert two[0]["fit"] == two[1]["fit"] == one["fit"]
-    assert two[0]["test"] == two[1]["test"] == one["test"]
+    assert two[0]["test"] == two[1]["test"]
+    for clock in ("latency_ms", "memory_mb"):
+        assert one["test"].pop(clock) >= 0
+        assert two[0]["test"].pop(clock) >= 0
+    assert two[0]["test"] == one["test"]
     assert 0.2 < one["fit"]["val/ap50"] < 0.99
     assert 0.2 < one["test"]["ap50"] < 0.99
     file = Path("detections", "test.json")
