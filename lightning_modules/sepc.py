@@ -12,10 +12,11 @@ from torch import Tensor
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
-from penstock.lightning_modules.training import optimizers
+from penstock.lightning_modules.training import log_mean, optimizers
 
 
 class Sepc(LightningModule):
@@ -92,16 +93,31 @@ class Sepc(LightningModule):
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch with `image`, `size`, `boxes` and `label`."""
+        return self.net.losses(batch["image"], *self._targets(batch))
+
+    def _targets(self, batch: dict[str, Any]) -> tuple[list[Objects], list[list[int]]]:
+        """Objects of the images, and the images' sizes with their own padding."""
         multiple = self.pad_multiple
-        padded = (-(-batch["size"] // multiple) * multiple).tolist()
         objects = [Objects(boxes, labels) for boxes, labels in zip(batch["boxes"], batch["label"])]
-        return self.net.losses(batch["image"], objects, padded)
+        return objects, (-(-batch["size"] // multiple) * multiple).tolist()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """What `predict_step` gives; in a fit also logs losses of the same pass, the mean of batches by their images.
+
+        Two-stage detectors and torchvision's have no losses in evaluation mode.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return self.predict_step(batch, batch_idx)
+        losses, found = self.net.evaluated(batch["image"], *self._targets(batch), *_sizes(batch))
+        if losses:
+            values = {"loss": sum(losses.values()), **{f"{name}_loss": value for name, value in losses.items()}}
+            for name, value in values.items():
+                log_mean(self, f"val/{name}", value.expand(len(found)))
+        return _columns(batch, found)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """What `predict_step` gives."""
         return self.predict_step(batch, batch_idx)
-
-    test_step = validation_step
 
     def on_validation_end(self) -> None:
         """`validate` of weights of another program leaves the model in `checkpoints/converted.ckpt`."""
@@ -117,11 +133,7 @@ class Sepc(LightningModule):
         A batch without `size` is of pictures as they are.
         """
         batch = batch if "size" in batch else self._resized(batch)
-        size = batch["size"].to(torch.float32)
-        scales = (size / batch["original_size"]).flip(1).repeat(1, 2)
-        found = self.net.detections(batch["image"], batch["size"].tolist(), scales)
-        columns = ("boxes", "scores", "labels")
-        return {"index": batch["index"], **{name: [getattr(one, name) for one in found] for name in columns}}
+        return _columns(batch, self.net.detections(batch["image"], *_sizes(batch)))
 
     def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as the data for detectors would give it."""
@@ -136,3 +148,15 @@ class Sepc(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)
+
+
+def _sizes(batch: dict[str, Any]) -> tuple[list[list[int]], Tensor]:
+    """Height and width of the images without padding, and what makes boxes in their pixels those of the originals."""
+    size = batch["size"].to(torch.float32)
+    return batch["size"].tolist(), (size / batch["original_size"]).flip(1).repeat(1, 2)
+
+
+def _columns(batch: dict[str, Any], found: list[Found]) -> dict[str, Any]:
+    """What steps return."""
+    columns = {name: [getattr(one, name) for one in found] for name in ("boxes", "scores", "labels")}
+    return {"index": batch["index"], **columns}

@@ -106,6 +106,17 @@ class BoxNetwork(nn.Module):
         """
         raise NotImplementedError
 
+    def evaluated(
+        self,
+        image: Tensor,
+        objects: Sequence[Objects],
+        padded: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]],
+        scales: Tensor,
+    ) -> tuple[dict[str, Tensor], list[Found]]:
+        """`losses`, of networks that have them in evaluation mode, and `detections`, of one pass."""
+        return {}, self.detections(image, sizes, scales)
+
 
 class Detector(BoxNetwork):
     """Images `(B, 3, H, W)` in [-1, 1] to the maps that a host makes losses and boxes of.
@@ -136,3 +147,15 @@ class Detector(BoxNetwork):
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
         """The host's."""
         return self.host.detections(self(image), sizes, scales)
+
+    def evaluated(
+        self,
+        image: Tensor,
+        objects: Sequence[Objects],
+        padded: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]],
+        scales: Tensor,
+    ) -> tuple[dict[str, Tensor], list[Found]]:
+        """Both, see `BoxNetwork`."""
+        outputs = self(image)
+        return self.host.losses(outputs, objects, padded), self.host.detections(outputs, sizes, scales)

@@ -1,5 +1,6 @@
 """SEPC end to end on small scenes of digits, with every host and neck."""
 
+import itertools
 import json
 import os
 import warnings
@@ -9,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from penstock.lightning_modules.build import model_from_checkpoint
+from penstock.lightning_modules.build import build, config_of_checkpoint, model_from_checkpoint
 from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.nets.detector import Detector
 
 TINY = [
     "experiment=sepc_bccd",
@@ -25,6 +27,7 @@ TINY = [
     "trainer.max_epochs=1",
     "trainer.check_val_every_n_epoch=1",
     "trainer.limit_train_batches=2",
+    "trainer.log_every_n_steps=1",
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=2",
     "logger=csv",
@@ -36,6 +39,14 @@ ALL = f"model.net.host.selection={{class_path: {SELECTION}, score: 0.0, most: 20
 @pytest.fixture(autouse=True)
 def no_run_dir(monkeypatch):
     monkeypatch.delenv("RUN_DIR", raising=False)
+
+
+def check_losses(metrics: dict[str, float], split: str) -> None:
+    """That there are several, and their sum."""
+    parts = [value for name, value in metrics.items() if name.startswith(f"{split}/") and name.endswith("_loss")]
+    assert len(parts) > 1
+    assert metrics[f"{split}/loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert metrics[f"{split}/loss"] > 0
 
 
 PAIRS = {
@@ -53,6 +64,8 @@ def test_fit_and_test(host, tmp_path):
     assert main(["fit", *TINY, f"host={host}", f"neck={PAIRS[host]}", ALL, f"run_dir={run}"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 <= metrics["ap"] <= metrics["ap50"] <= 1
+    check_losses(metrics, "train")
+    check_losses(metrics, "val")
     assert all(value == value for value in metrics.values())
     rows = json.loads((run / "detections" / "test.json").read_text())
     assert len(rows) == 4 * 20
@@ -123,7 +136,9 @@ def test_two_stages(tmp_path):
     run = tmp_path / "run"
     words = [word for word in TINY if not word.startswith(("net=", "experiment="))]
     assert main(["fit", "experiment=sepc_bccd_two_stage", *words, "model.net.hidden=32", f"run_dir={run}"]) == 0
-    assert {"ap", "ap50"} <= json.loads((run / "metrics.json").read_text()).keys()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"ap", "ap50", "train/loss"} <= metrics.keys()
+    assert "val/loss" not in metrics
 
 
 def test_classes_of_other_data(tmp_path, capsys):
@@ -144,3 +159,33 @@ def test_statistics_of_a_single_image_are_warned_of(neck, images, said, tmp_path
     assert len(text) == said
     assert all("data.batch_size: found 1, one image a rank;" in line for line in text)
     assert all("data.batch_size=4, or a neck without it" in line for line in text)
+
+
+def test_losses_of_a_validation(tmp_path, monkeypatch):
+    """Those of the same images and weights, by the pass that finds the boxes."""
+    passes, forward = [], Detector.forward
+    monkeypatch.setattr(Detector, "forward", lambda net, image: passes.append(net.training) or forward(net, image))
+    words = [*TINY, "neck=pconv_ibn", "model.lr=0", "trainer.limit_val_batches=2", "trainer.num_sanity_val_steps=0"]
+    assert main(["fit", *words, "trainer.limit_test_batches=0", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert passes == [True, True, False, False]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    model, (data,) = model_from_checkpoint(path), build(config_of_checkpoint(path), "data")
+    data.setup()
+    model.pad_multiple = data.pad_multiple
+    batches = itertools.islice(data.reference_dataloader("val"), 2)
+    with torch.no_grad():
+        expected = [model.losses(batch) for batch in batches]
+    for name in ("class", "box"):
+        mean = sum(float(one[name]) for one in expected) / 2
+        assert metrics[f"val/{name}_loss"] == pytest.approx(mean, rel=1e-4)
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert {"train/loss", "train/box_loss", "val/loss", "val/box_loss", "val/class_loss"} <= set(rows[0].split(","))
+
+
+def test_no_losses_where_nothing_is_trained(run, tmp_path):
+    words = [f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"run_dir={tmp_path / 'v'}"]
+    assert main(["validate", *words]) == 0
+    found = json.loads((tmp_path / "v" / "metrics.json").read_text())
+    assert "val/ap" in found
+    assert not any("loss" in name for name in found)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from penstock.lightning_modules.detection.anchors import Anchors
-from penstock.lightning_modules.detection.centered import ByDistance, Centered
+from penstock.lightning_modules.detection.centered import ByDistance, ByStatistics, Centered
 from penstock.lightning_modules.detection.coding import Deltas, Distances
+from penstock.lightning_modules.detection.free_anchor import FreeAnchor
 from penstock.lightning_modules.detection.fsaf import Fsaf
-from penstock.lightning_modules.detection.host import Host
+from penstock.lightning_modules.detection.host import Host, Objects
 from penstock.lightning_modules.detection.retina import Retina
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import Detector, Neck, Towers
@@ -85,3 +86,29 @@ def test_norms_of_what_trains():
 def test_numbers_that_are_no_maps():
     with pytest.raises(UserError, match=r"backbone.frozen: found 9, expected -1 to 4 of resnet18"):
         TrainedBackbone("resnet18", frozen=9, weights="random")
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "free_anchor", "atss"])
+@pytest.mark.parametrize("empty", [1, 2])
+def test_losses_and_boxes_of_one_pass(name, empty, monkeypatch):
+    """In evaluation mode, also of images without objects."""
+    hosts = HOSTS | {
+        "free_anchor": lambda: FreeAnchor(3, Anchors(), Deltas()),
+        "atss": lambda: Centered(3, Anchors(scales=(8.0,), ratios=(1.0,)), Deltas(), ByStatistics()),
+    }
+    net = detector(hosts[name](), partial(PyramidConvNeck, layers=1, ibn=True)).eval()
+    torch.nn.init.constant_(net.head.cls.bias, 1.0)
+    image, sizes, padded = torch.rand(2, 3, 96, 128) * 2 - 1, [(90, 128), (96, 100)], [(96, 128), (96, 128)]
+    some = Objects(torch.tensor([[10.0, 10, 50, 60], [40, 20, 110, 80]]), torch.tensor([2, 0]))
+    none = Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+    objects, scales = [*[some] * (2 - empty), *[none] * empty], torch.ones(2, 4)
+    with torch.inference_mode():
+        expected, boxes = net.losses(image, objects, padded), net.detections(image, sizes, scales)
+        calls, forward = [], Detector.forward
+        monkeypatch.setattr(Detector, "forward", lambda *given: calls.append(1) or forward(*given))
+        losses, found = net.evaluated(image, objects, padded, sizes, scales)
+    assert len(calls) == 1
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[key], expected[key]) and losses[key].isfinite() for key in losses)
+    assert len(found[0].boxes) > 5
+    assert all(torch.equal(a, b) for one, other in zip(found, boxes) for a, b in zip(one, other))
