@@ -237,6 +237,11 @@ class BoxedData(KindDataModule):
         in_memory = sum(3 * height * width for height, width in sizes) <= self.memory_gb * 1e9
         return BoxedStore(table, source, self.resizing, self.pad_multiple, in_memory=in_memory), numbers
 
+    @property
+    def val_is_test(self) -> bool:
+        """Whether the validation images serve as test images; after `setup`."""
+        return not len(self.numbers["test"])
+
     def where(self, number: int) -> str:
         """Name of a sample: a path without its root, one of its own for each."""
         raise NotImplementedError

@@ -1,7 +1,6 @@
 """How well anomalies are told from normal images and pixels, thresholds for the model, and the best epoch."""
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from penstock.lightning_modules.callbacks.best_epoch import BestEpoch
 from penstock.lightning_modules.callbacks.ranks import broadcast, gather
 from penstock.lightning_modules.callbacks.score_counts import ScoreCounts
 from penstock.lightning_modules.callbacks.score_curve import Measured
@@ -57,14 +57,13 @@ class AnomalyMetrics(pl.Callback):
             raise UserError(f"fpr_limit: {fpr_limit} given, expected a number in (0, 1]")
         if not pixels and not monitor.startswith("image_"):
             raise UserError(f"monitor: {monitor} is not measured with pixels=false; expected a metric of images")
-        self.monitor, self.fpr_limit, self.pixels, self.save_best = monitor, fpr_limit, pixels, save_best
-        self.best: dict[str, float] = {}
-        self._improved = False
+        self.monitor, self.fpr_limit, self.pixels = monitor, fpr_limit, pixels
+        self.best = BestEpoch(monitor, save_best)
         self._begin()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.best, self._improved = {}, False
+            self.best.clear()
         if stage != "predict" and not hasattr(pl_module, "calibration"):
             raise UserError(
                 f"AnomalyMetrics: {type(pl_module).__name__} has no calibration, expected an anomaly model (its "
@@ -109,16 +108,10 @@ class AnomalyMetrics(pl.Callback):
             return
         if pixel is None and not self.monitor.startswith("image_"):
             raise UserError(f"monitor: {self.monitor} needs masks, and the batches hold none", everywhere=True)
-        self._improved = self.monitor in found and found[self.monitor] > self.best.get(self.monitor, -math.inf)
-        if self._improved:
-            self.best = {**found, "epoch": float(trainer.current_epoch)}
-        where = "test" if getattr(trainer.datamodule, "val_is_test", False) else "val"
-        self._log(pl_module, self.best, f"best_on_{where}/")
+        self._log(pl_module, self.best.see(trainer, found), "")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._improved and self.save_best and not trainer.fast_dev_run:
-            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "best.ckpt"), weights_only=False)
-        self._improved = False
+        self.best.keep(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.calibration.image_threshold.isnan():
@@ -142,10 +135,10 @@ class AnomalyMetrics(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics of the best epoch so far."""
-        return {"best": self.best}
+        return {"best": self.best.values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = dict(state_dict["best"])
+        self.best.values = dict(state_dict["best"])
 
     def _begin(self) -> None:
         self._images, self._pixels, self._bad = ScoreCounts(), ScoreCounts(), []

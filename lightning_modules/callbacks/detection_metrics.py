@@ -3,14 +3,16 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
+from penstock.lightning_modules.callbacks.best_epoch import BestEpoch
 from penstock.lightning_modules.callbacks.ranks import broadcast, gather
 from penstock.lightning_modules.errors import UserError
 
@@ -29,6 +31,8 @@ NAMES = {
     "mar_large": "ar_large",
 }
 
+Monitor = Literal["ap", "ap50", "ap75", "ar_100"]
+
 
 class DetectionMetrics(pl.Callback):
     """Scores what `validation_step` and `test_step` of a detector return, over all ranks, as COCO does (torchmetrics).
@@ -41,16 +45,26 @@ class DetectionMetrics(pl.Callback):
     by `validate`, under these names by `test`. What a split has no objects for is not logged. `test` and `validate`
     write `detections/<split>.json` in the run folder, in COCO's format of results.
 
+    A fit also logs those without a slash of its best epoch so far, and `epoch`, as `best_on_val/<name>`, or
+    `best_on_test/<name>` where the validation images are the test images; the best is kept in the checkpoint.
+
+    Args:
+        monitor: Metric whose largest value makes the best epoch; of equal ones the first.
+        save_best: Whether the best epoch is kept as `checkpoints/best.ckpt`.
+
     Raises:
         UserError: a package that is missing, data without targets, or outputs that are not as above.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: Monitor = "ap", save_best: bool = True) -> None:
         if importlib.util.find_spec("faster_coco_eval") is None:
             raise UserError("DetectionMetrics: faster_coco_eval is missing; install it: pip install faster-coco-eval")
+        self.best = BestEpoch(monitor, save_best)
         self._seen: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.best.clear()
         if stage != "predict" and not hasattr(trainer.datamodule, "targets"):
             raise UserError(
                 f"DetectionMetrics: {type(trainer.datamodule).__name__} has no targets, expected data with boxes"
@@ -97,7 +111,20 @@ class DetectionMetrics(pl.Callback):
                 write_results(file, seen, targets, trainer.datamodule.category_ids)
         self._seen = []
         values = broadcast(values)
-        pl_module.log_dict({f"{prefix}{name}": value for name, value in values.items()}, batch_size=1, sync_dist=True)
+        logged = {f"{prefix}{name}": value for name, value in values.items()}
+        if trainer.state.fn == TrainerFn.FITTING:
+            logged |= self.best.see(trainer, {name: value for name, value in values.items() if "/" not in name})
+        pl_module.log_dict(logged, batch_size=1, sync_dist=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.best.keep(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics of the best epoch so far."""
+        return {"best": self.best.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best.values = dict(state_dict["best"])
 
 
 def average_precision(

@@ -10,7 +10,7 @@ from penstock.lightning_modules.cli.compare import markdown
 JOB = "sweep.json"
 FILES = ("table.md", "table.json")
 CLOCKS = ("epoch", "step", "train_seconds")
-BEST = [f"best_on_{split}/{what}_auroc" for split in ("test", "val") for what in ("image", "pixel")]
+BEST = [f"best_on_{split}/{name}" for split in ("test", "val") for name in ("image_auroc", "pixel_auroc", "ap")]
 
 
 def record(run_dir: Path, number: int, words: list[str], code: int, objective: str | None) -> None:
@@ -47,7 +47,7 @@ def swept(jobs: list[dict[str, Any]]) -> list[str]:
 def shown(jobs: list[dict[str, Any]]) -> list[str]:
     """The objectives, then every metric of a plain name (`image_auroc`, not `val/image_auroc` or `lr-Adam`).
 
-    Last come those of `BEST`, an anomaly model's best epoch, that every job with metrics has.
+    Last come those of `BEST`, a model's best epoch, that every job with metrics has.
     """
     names = dict.fromkeys(name for job in jobs for name in job["metrics"])
     plain = [name for name in names if "/" not in name and name not in CLOCKS and not name.startswith("lr-")]

@@ -97,6 +97,8 @@ def test_the_best_epoch_is_shown_where_every_job_that_ran_has_it(left):
     found = {**TWO, "best_on_test/pixel_auroc": 0.7, "best_on_test/aupro": 0.2, "best_on_test/epoch": 3}
     rows, _ = left(("a=1", 0, found), ("a=2", 0, {**found, "best_on_test/image_auroc": 0.8}), ("a=3", 1, {}))
     assert rows[0] == ["job", "a", "status", "image_auroc", "best_on_test/image_auroc", "best_on_test/pixel_auroc"]
+    boxes = {"ap": 0.4, "best_on_val/ap": 0.5, "best_on_val/ap50": 0.8, "val/ap": 0.3}
+    assert left(("a=1", 0, boxes), ("a=2", 0, boxes))[0][0] == ["job", "a", "status", "ap", "best_on_val/ap"]
     assert rows[-1] == ["", "mean of 2, 1 failed", "", "0.5", "0.7", "0.7"]
     rows, _ = left(("a=1", 0, found), ("a=2", 0, TWO), ("a=3", 0, {"image_auroc": 0.5, "best_on_val/image_auroc": 1}))
     assert rows[0] == ["job", "a", "status", "image_auroc"]

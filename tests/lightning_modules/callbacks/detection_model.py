@@ -19,11 +19,12 @@ from penstock.lightning_modules.callbacks.inference_cost import InferenceCost
 
 
 class Mover(pl.LightningModule):
-    """Finds the objects of an image roughly, and things that are none; in one image nothing."""
+    """Finds the objects of an image roughly, as roughly as the epoch is noisy, and things that are none; in one image
+    nothing."""
 
-    def __init__(self):
+    def __init__(self, noise=(1.5,)):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.weight, self.noise = torch.nn.Parameter(torch.zeros(())), noise
         self.seen: list[int] = []
 
     def training_step(self, batch, batch_idx):
@@ -45,7 +46,9 @@ class Mover(pl.LightningModule):
     def found(self, number, target):
         generator = torch.Generator().manual_seed(number)
         n = len(target["boxes"])
-        moved = target["boxes"] + torch.randn(n, 4, generator=generator) * 1.5
+        moved = (
+            target["boxes"] + torch.randn(n, 4, generator=generator) * self.noise[self.current_epoch % len(self.noise)]
+        )
         low = torch.rand(2, 2, generator=generator) * 30
         boxes = torch.cat([moved, torch.cat([low, low + 9], 1)])
         labels = torch.cat([target["labels"], torch.randint(0, 3, (2,), generator=generator)])

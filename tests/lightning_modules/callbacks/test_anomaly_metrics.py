@@ -136,14 +136,14 @@ def test_a_resumed_run_keeps_its_best_epoch(fakes, made, tmp_path):
 def test_sanity_check_does_not_count(fakes, made, tmp_path):
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            assert callback.best == {}
+            assert callback.best.values == {}
             assert pl_module.calibration.image_threshold.isnan()
             assert not (tmp_path / "checkpoints").exists()
 
     callback = AnomalyMetrics()
     trainer = fakes.quiet_trainer(tmp_path, [callback, Look()], num_sanity_val_steps=-1)
     trainer.fit(made.Detector(), datamodule=made.Defects())
-    assert callback.best["epoch"] == 0
+    assert callback.best.values["epoch"] == 0
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 

@@ -7,12 +7,15 @@ import json
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from ranks import running
 from torch import Tensor
 
-from penstock.lightning_modules.callbacks.detection_metrics import average_precision, write_results
+from penstock.lightning_modules.callbacks.checkpoint import Checkpoint
+from penstock.lightning_modules.callbacks.detection_metrics import DetectionMetrics, average_precision, write_results
+from penstock.lightning_modules.checkpoints import load_checkpoint
 from tests.box_trees import coco
 
 CLASSES = ["cat", "dog", "bird", "fish"]
@@ -125,11 +128,45 @@ def test_results_file(tmp_path):
     assert rows == [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 6], "score": 0.5}]
 
 
-def test_two_ranks_are_one(fakes, tmp_path, monkeypatch):
-    """An odd number of images, some without boxes, and images that come twice where a sampler pads."""
+@pytest.fixture
+def made(fakes, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(importlib.sys.modules, "fakes", fakes)
-    made = importlib.import_module("detection_model")
+    return importlib.import_module("detection_model")
+
+
+@pytest.mark.parametrize(("test", "where"), [(5, "val"), (0, "test")])
+def test_the_best_epoch_is_kept(made, tmp_path, test, where):
+    """Where there are no test images the validation images are the test, and the best is one on these."""
+    tree = coco(tmp_path / "tree", tuple((name, n) for name, n in (("train", 20), ("val", 7), ("test", test)) if n))
+    last, best = (tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+    for epochs, resumed in ((2, None), (4, last)):
+        callbacks = [Checkpoint(), DetectionMetrics("ap50")]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            callbacks=callbacks,
+            max_epochs=epochs,
+            log_every_n_steps=4,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = made.Detection("mine", str(tree), min_size=64, max_size=128, batch_size=2)
+        trainer.fit(made.Mover((3.0, 0.5, 2.0, 3.0)), datamodule=data, ckpt_path=resumed, weights_only=True)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        assert found[f"best_on_{where}/epoch"] == 1
+        assert load_checkpoint(best)["epoch"] == 1
+    assert load_checkpoint(last)["epoch"] == 3
+    assert found[f"best_on_{where}/ap50"] > found["val/ap50"] > 0
+    kept = {name for name in found if name.startswith("best")}
+    assert kept == {f"best_on_{where}/epoch"} | {
+        f"best_on_{where}/{name[4:]}" for name in found if name.startswith("val/") and "ap_of" not in name
+    }
+
+
+def test_two_ranks_are_one(made, tmp_path):
+    """An odd number of images, some without boxes, and images that come twice where a sampler pads."""
     tree = coco(tmp_path / "tree", (("train", 20), ("val", 7), ("test", 5)))
     with running(Path(made.__file__), tree, tmp_path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
