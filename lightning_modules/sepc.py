@@ -44,6 +44,9 @@ class Sepc(LightningModule):
         self.classes: list[tuple[str, int]] = []
         self.resizing: Resizing | None = None
         self.pad_multiple = 1
+        if origin := net.origin:
+            self.classes, self.pad_multiple = origin.classes, origin.pad_multiple
+            self.resizing = Resizing((origin.side,), origin.longest)
 
     image_size = None  # of pictures of a folder: any, one in a batch
 
@@ -121,11 +124,24 @@ class Sepc(LightningModule):
 
     def on_validation_end(self) -> None:
         """`validate` of weights of another program leaves the model in `checkpoints/converted.ckpt`."""
-        trainer, file = self.trainer, self.net.converted_from
-        if file and trainer.state.fn == TrainerFn.VALIDATING and not (trainer.ckpt_path or trainer.fast_dev_run):
+        trainer = self.trainer
+        if (
+            self.net.origin
+            and trainer.state.fn == TrainerFn.VALIDATING
+            and not (trainer.ckpt_path or trainer.fast_dev_run)
+        ):
             path = Path(trainer.default_root_dir, "checkpoints", "converted.ckpt")
             trainer.save_checkpoint(path)
             rank_zero_info(f"converted: {path}")
+
+    def on_predict_start(self) -> None:
+        """Refuses predictions that nobody could name.
+
+        Raises:
+            UserError: the classes were told neither by data nor by a checkpoint.
+        """
+        if not self.classes:
+            raise UserError("model: its classes are not known; expected ckpt_path=FILE of a trained detector")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`.

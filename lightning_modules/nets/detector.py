@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,18 +74,34 @@ class Head(nn.Module):
         )
 
 
+class Origin(NamedTuple):
+    """What another program trained weights on.
+
+    Attributes:
+        classes: Name and id of every class.
+        side: Shorter side of its images.
+        longest: The longer one was at most this.
+        pad_multiple: They were padded to multiples of it.
+    """
+
+    classes: list[tuple[str, int]]
+    side: int
+    longest: int
+    pad_multiple: int
+
+
 class BoxNetwork(nn.Module):
     """What all detectors offer.
 
     Attributes:
         backbone: Loads its weights.
         num_classes: K.
-        converted_from: File of another program that its weights are from, if any.
+        origin: Of weights of another program, if they are.
     """
 
     backbone: TrainedBackbone
     num_classes: int
-    converted_from: str | None = None
+    origin: Origin | None = None
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Scalars by name, to be summed up.

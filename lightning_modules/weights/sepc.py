@@ -15,11 +15,12 @@ from penstock.lightning_modules.detection.fsaf import Fsaf
 from penstock.lightning_modules.detection.host import Host
 from penstock.lightning_modules.detection.retina import Retina
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.nets.detector import Detector, Neck, Towers
+from penstock.lightning_modules.nets.detector import Detector, Neck, Origin, Towers
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConvNeck
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 from penstock.lightning_modules.weights import official
 
+COCO = [k for k in range(1, 91) if k not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # ids of its 80 classes
 WHAT = "a checkpoint of the official SEPC code (jshilong/SEPC)"
 RULES = [
     (r"backbone\.(.+)", r"backbone.net.\1"),
@@ -79,7 +80,8 @@ def pretrained(
 
     Neck, its layers, classes and channels follow from the entries and shapes in it, and so does FSAF as host;
     RetinaNet and FreeAnchor have the same entries, and RetinaNet is taken where nothing else is asked for. In images
-    smaller than their batch the official code pads with the mean colour, here it is grey.
+    smaller than their batch the official code pads with the mean colour, here it is grey. Names of classes are the
+    file's, ids are COCO's or counted from 1, until data tell others.
 
     Args:
         file: A `.pth` of mmcv 0.4.3, or a plain state dict.
@@ -92,7 +94,7 @@ def pretrained(
         UserError: the file is absent, holds other objects, another network, or another neck or host than asked for.
     """
     path = Path(file).expanduser()
-    content = _read(path)
+    meta, content = _read(path)
     if any(re.fullmatch(pattern, key) for key in content for pattern, _ in UNIVERSENET):
         raise UserError(
             f"{path}: of UniverseNet, whose anchors lie half a stride from all of ours; expected {WHAT} "
@@ -108,11 +110,17 @@ def pretrained(
         raise UserError(f"{path}: holds neck={_kind(_part(state, 'neck.'))}, found neck={asked}; expected the former")
     net = Detector(backbone, own, _host(host, cell, classes, path), width)
     _fill(net, state, path)
-    backbone.weights, net.converted_from = "random", str(path)  # the file's weights stay
+    backbone.weights = "random"  # those of the file stay
+    ids = COCO if classes == len(COCO) else range(1, classes + 1)
+    names = meta.get("CLASSES") or [f"class {k}" for k in ids]
+    if len(names) != classes:
+        raise UserError(f"{path}: names {len(names)} classes, but its head has {classes}")
+    net.origin = Origin([(str(name), k) for name, k in zip(names, ids)], side=800, longest=1333, pad_multiple=32)
     return net
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Facts about the training, if there are any, and the weights."""
     try:
         content = official.read(path, WHAT)
     except UserError as error:
@@ -125,7 +133,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(f"{path}: no state dict of tensors, expected {WHAT}")
-    return state
+    meta = content.get("meta")
+    return meta if isinstance(meta, Mapping) else {}, state
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -189,3 +189,11 @@ def test_no_losses_where_nothing_is_trained(run, tmp_path):
     found = json.loads((tmp_path / "v" / "metrics.json").read_text())
     assert "val/ap" in found
     assert not any("loss" in name for name in found)
+
+
+def test_predictions_that_nobody_could_name(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    words = [word for word in TINY if not word.startswith(("data", "image_size"))]
+    words += ["data=pictures", f"data.data_dir={tmp_path}", "num_classes=3", f"run_dir={tmp_path / 'run'}"]
+    assert main(["predict", *words]) == 2
+    assert "model: its classes are not known; expected ckpt_path=FILE" in capsys.readouterr().err

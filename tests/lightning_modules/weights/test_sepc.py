@@ -94,7 +94,13 @@ def universenet(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write(path: Path, state: dict[str, Tensor], **meta: object) -> str:
     """As mmcv 0.4.3 writes."""
-    facts = {"mmdet_version": "1.1.0", "config": "model = dict(...)", "CLASSES": ("a", "b"), "epoch": 12, "iter": 87960}
+    facts = {
+        "mmdet_version": "1.1.0",
+        "config": "model = dict(...)",
+        "CLASSES": tuple("abcde"),
+        "epoch": 12,
+        "iter": 87960,
+    }
     groups = [{"lr": 1e-4, "momentum": 0.9, "params": [0]}]
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": groups}
     torch.save({"meta": facts | meta, "state_dict": state, "optimizer": optimizer}, path)
@@ -152,7 +158,8 @@ def test_networks_follow_from_the_file(tmp_path, neck, name):
     assert type(net.host) is type(expected.host)
     assert net.host.anchors == expected.host.anchors
     assert net.num_classes == net.host.num_classes == 5
-    assert (net.backbone.weights, net.converted_from) == ("random", file)
+    assert net.backbone.weights == "random"
+    assert net.origin.classes == [(name, k + 1) for k, name in enumerate("abcde")]
 
 
 def test_legacy_convention_and_padding_are_told_apart(tmp_path):
@@ -198,6 +205,16 @@ def test_files_that_are_none(tmp_path):
     refused(r"no head of classes and boxes in it, found bbox_head.retina_cls.weight \(45, 8, 3, 3\) and .* \(\)", file)
     write(file, {k: v for k, v in state.items() if not k.startswith("neck.1.Pconvs")})
     refused("no neck in it, expected neck.1.Pconvs", file)
+    write(file, state, CLASSES=("a", "b"))
+    refused("names 2 classes, but its head has 5", file)
+
+
+def test_classes_without_names(tmp_path):
+    """Of 80 the ids are COCO's."""
+    torch.save(official(small("pconv", "fsaf", 80)), tmp_path / "a.pth")
+    found = pretrained(str(tmp_path / "a.pth"), backbone()).origin
+    assert [found.classes[k] for k in (0, 11, 79)] == [("class 1", 1), ("class 13", 13), ("class 90", 90)]
+    assert len(found.classes) == 80
 
 
 def test_files_that_do_not_fit(tmp_path):
@@ -223,7 +240,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     """Validated on images with boxes it leaves a checkpoint, which is tested and predicts."""
     tree, file = coco(tmp_path / "tree"), tmp_path / "a.pth"
     expected = small("sepc_lite", classes=3)
-    write(file, official(expected))
+    write(file, official(expected), CLASSES=("dog", "cat", "brush"))
     words = ["experiment=sepc_coco", "net=sepc_official", f"model.net.file={file}", "neck=sepc_lite", "num_classes=3"]
     words += ["model.net.backbone.model=resnet18", f"data.data_dir={tree}", "data.num_workers=0", "data.min_size=288"]
     words += ["data.max_size=800", "data.batch_size=2", "logger=csv"]
@@ -246,3 +263,9 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert len(json.loads(direct.read_text())) > 10
     found = penstock("predict", f"ckpt_path={checkpoint}", f"images={tree / 'test'}", run="p")
     assert json.loads((found / "predictions" / "boxes.json").read_text())["annotations"]
+    more = [word for word in words if word.startswith(("experiment", "net", "model", "neck", "num", "logger"))]
+    more += ["data=pictures", f"data.data_dir={tree / 'test'}"]
+    found = penstock("predict", *more, run="d")
+    boxes = json.loads((found / "predictions" / "boxes.json").read_text())
+    assert boxes["categories"] == [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "brush"}]
+    assert boxes["annotations"]
