@@ -99,11 +99,14 @@ def small_anomalies(data, defects):
     return words
 
 
-def small_boxes(own):
+def small_boxes(data, own):
     """Words that make a detector small."""
+    words = ["data.batch_size=2", "model.net.channels=16", "callbacks.cost.runs=1"]
+    if data["class_path"].endswith("DigitScenes"):
+        return [*words, "image_size=96"]
     if not BCCD.is_dir():
         pytest.skip(f"no BCCD at {BCCD}")
-    words = [f"data.data_dir={BCCD}", "image_size=[96,128]", "data.batch_size=2", "model.net.channels=16"]
+    words += [f"data.data_dir={BCCD}", "num_classes=3", "data.min_size=96", "data.max_size=128", "data.num_workers=0"]
     words += ["model.net.backbone.model=mobilenetv2_035", "model.net.backbone.weights=random"]
     return [*words, "model.net.hidden=16"] if own["net"]["class_path"].endswith("TwoStageDetector") else words
 
@@ -120,8 +123,8 @@ def small(name, images, defects):
     if "stable_diffusion" in net or net.endswith("weights.twinflow.pretrained"):
         made = "test_twinflow_recipes.py" if "twinflow" in net else "test_stable_diffusion.py"
         pytest.skip(f"needs a folder of diffusers: tests/lightning_modules/weights/{made} makes one")
-    if data["class_path"].endswith("detection.Detection"):
-        return small_boxes(own)
+    if tree["model"]["class_path"].endswith("sepc.Sepc"):
+        return small_boxes(data, own)
     if net.endswith("fastflow.FastFlowNet"):
         return small_anomalies(data, defects)
     if net.endswith("starflow.STARFlow"):
