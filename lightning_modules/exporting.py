@@ -28,27 +28,33 @@ def needs(kind: Kind) -> None:
 
 
 def exported(
-    module: nn.Module, example: Tensor, outputs: list[str], kind: Literal["onnx", "torch"], file: Path, batch: int = 0
+    module: nn.Module,
+    example: Tensor | dict[str, Tensor],
+    outputs: list[str],
+    kind: Literal["onnx", "torch"],
+    file: Path,
+    batch: int = 0,
 ) -> None:
-    """Writes a module of one tensor.
+    """Writes a module.
 
     Args:
         module: In evaluation mode.
-        example: What it takes, `(b, ...)`.
+        example: The image that it takes, `(b, ...)`, or several inputs by name, in its order.
         outputs: Names of what it gives.
         kind: `onnx`, or `torch`, which `torch.export.load(file).module()` reads.
         file: Where to.
         batch: Number of samples that the file is for; 0 is any.
     """
-    example = example[:1].repeat(batch or 2, *[1] * (example.ndim - 1))
-    dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+    example = example if isinstance(example, dict) else {"image": example}
+    inputs = tuple(x[:1].repeat(batch or 2, *[1] * (x.ndim - 1)) for x in example.values())
+    dynamic = None if batch else ({0: torch.export.Dim("batch")},) * len(inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic)
         if kind == "torch":
             torch.export.save(program, str(file))
             return
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
-            program, (), str(file), input_names=["image"], output_names=outputs, external_data=False, verbose=False
+            program, (), str(file), input_names=list(example), output_names=outputs, external_data=False, verbose=False
         )

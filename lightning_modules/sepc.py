@@ -8,12 +8,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.exporting_detector import exportable_detector
 from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
 from penstock.lightning_modules.training import log_mean, optimizers
@@ -161,6 +162,12 @@ class Sepc(LightningModule):
         sizes = torch.tensor([size, original], device=image.device).unsqueeze(1).expand(-1, len(image), -1)
         found = {"image": padded(list(small), self.pad_multiple), "size": sizes[0]}
         return {**batch, **found, "original_size": batch.get("original_size", sizes[1])}
+
+    def exportable(
+        self, image_size: tuple[int, int] | None = None
+    ) -> tuple[nn.Module, dict[str, Tensor], list[str], dict[str, Any]]:
+        """What `penstock export` writes, see `exportable_detector`."""
+        return exportable_detector(self.net, self.classes, self.resizing, self.pad_multiple, image_size)
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)

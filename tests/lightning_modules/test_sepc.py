@@ -94,6 +94,29 @@ def run(tmp_path_factory):
     return folder
 
 
+def test_export(run, tmp_path, capsys, monkeypatch):
+    """The verb, but for the writing of the program, see `test_exporting_detector.py`."""
+    written = []
+    monkeypatch.setattr("penstock.lightning_modules.exporting.exported", lambda *given: written.append(given))
+    words = ["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"out={tmp_path / 'out'}"]
+    assert main([*words, "image_size=[96,8]"]) == 2
+    assert "image_size=[96,8]: expected [height,width]" in capsys.readouterr().err
+    assert main([*words, "format=ncnn"]) == 2
+    assert "which ncnn has no operator for" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "format=torch", "image_size=[64,96]"]) == 0
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts["inputs"] == {"image": [1, 3, 64, 96], "size": [1, 2], "original_size": [1, 2]}
+    assert facts["classes"][3] == {"name": "3", "id": 3}
+    module, example, _, kind, _, batch = written[0]
+    assert ([*example], kind, batch) == ([*facts["inputs"]], "torch", 1)
+    boxes, scores, labels, count = module(
+        torch.rand(1, 3, 64, 96), torch.tensor([[64, 80]]), torch.tensor([[128, 160]])
+    )
+    assert (boxes.shape, scores.shape, labels.shape, count.tolist()) == ((1, 20, 4), (1, 20), (1, 20), [20])
+    assert boxes.max() > 96
+
+
 def test_predictions_of_a_folder(run, tmp_path):
     """Pictures are seen as the data showed them in training, boxes come in their own pixels."""
     generator, sizes = np.random.default_rng(0), {"a.png": (70, 90), "b.jpg": (200, 120), "b.jpg.png": (64, 64)}
