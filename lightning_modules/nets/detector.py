@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs
 from penstock.lightning_modules.detection.selection import Found
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 
@@ -21,12 +23,22 @@ class Towers(nn.Module):
     Args:
         channels: Of all levels.
         layers: Of each task.
+        groups: Of a group norm behind each convolution, as FCOS and ATSS have it; none without.
+
+    Raises:
+        UserError: the groups do not divide the channels.
     """
 
-    def __init__(self, channels: int = 256, layers: int = 4):
+    def __init__(self, channels: int = 256, layers: int = 4, groups: int | None = None):
         super().__init__()
+        if groups and channels % groups:
+            raise UserError(f"neck.groups: found {groups}, expected a divisor of the {channels} channels")
         self.cls_convs, self.reg_convs = (
             nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)) for _ in range(2)
+        )
+        self.cls_norms, self.reg_norms = (
+            nn.ModuleList(nn.GroupNorm(groups, channels) if groups else nn.Identity() for _ in range(layers))
+            for _ in range(2)
         )
         for conv in (*self.cls_convs, *self.reg_convs):
             nn.init.normal_(conv.weight, std=0.01)
@@ -37,14 +49,18 @@ class Towers(nn.Module):
         found = []
         for x in pyramid:
             cls = loc = x
-            for one, other in zip(self.cls_convs, self.reg_convs):
-                cls, loc = one(cls).relu(), other(loc).relu()
+            for conv, norm in zip(self.cls_convs, self.cls_norms):
+                cls = norm(conv(cls)).relu()
+            for conv, norm in zip(self.reg_convs, self.reg_norms):
+                loc = norm(conv(loc)).relu()
             found.append((cls, loc))
         return found
 
 
 class Head(nn.Module):
     """A 3x3 convolution for classes, one for boxes, and one for how well a box fits where the host asks for it.
+
+    Hosts that ask for the latter also have a trained factor of the codes of each level, as FCOS and ATSS do.
 
     Args:
         channels: Of the features.
@@ -58,6 +74,7 @@ class Head(nn.Module):
         self.cls = nn.Conv2d(channels, cell * host.num_classes, 3, padding=1)
         self.reg = nn.Conv2d(channels, cell * 4, 3, padding=1)
         self.quality = nn.Conv2d(channels, cell, 3, padding=1) if host.quality else None
+        self.scales = nn.Parameter(torch.ones(len(host.anchors.strides))) if host.quality else None
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
@@ -67,6 +84,8 @@ class Head(nn.Module):
 
     def forward(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Outputs:
         codes = [self.reg(loc) for _, loc in pairs]
+        if self.scales is not None:
+            codes = [scale * code for scale, code in zip(self.scales, codes)]
         return Outputs(
             [self.cls(cls) for cls, _ in pairs],
             [y.relu() for y in codes] if self.positive else codes,

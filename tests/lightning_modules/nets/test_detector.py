@@ -46,6 +46,38 @@ def test_shapes_and_start(name):
         assert torch.cat([y.flatten() for y in codes]).sub(1).abs().mean() < 0.1
 
 
+def test_codes_of_a_level_have_a_factor():
+    net = detector(HOSTS["fcos"]())
+    image = torch.rand(1, 3, 96, 128) * 2 - 1
+    with torch.no_grad():
+        before = net(image)
+        net.head.scales[1] = 3
+        after = net(image)
+    assert [round(float((b / a).mean()), 4) for a, b in zip(before.codes, after.codes)] == [1, 3, 1, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits))
+    sum(y.sum() for y in net(image).codes).backward()
+    assert net.head.scales.grad.ne(0).all()
+    assert detector(HOSTS["retina"]()).head.scales is None
+
+
+def test_towers_with_group_norm():
+    torch.manual_seed(0)
+    towers = Towers(8, layers=2, groups=4).double()
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    cls, loc = towers([x])[0]
+    for found, convs in ((cls, towers.cls_convs), (loc, towers.reg_convs)):
+        y = x
+        for conv in convs:
+            y = conv(y)
+            parts = y.reshape(2, 4, -1)
+            parts = (parts - parts.mean(2, keepdim=True)) / (parts.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+            y = parts.reshape(y.shape).clamp(min=0)
+        assert (found - y).abs().max() < 1e-10
+    assert not torch.equal(cls, loc)
+    with pytest.raises(UserError, match=r"neck\.groups: found 3, expected a divisor of the 8 channels"):
+        Towers(8, groups=3)
+
+
 @pytest.mark.parametrize(
     ("model", "frozen", "first"),
     [
