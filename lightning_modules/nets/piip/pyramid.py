@@ -1,0 +1,91 @@
+"""The pyramid itself: branches on images of their own sizes, and interactions between groups of their blocks."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.piip.interaction import Interaction, InteractionUnit, State
+from penstock.lightning_modules.nets.piip.resizing import resized_image
+
+
+class Branch(Protocol):
+    """What a pyramid asks of a branch, an `nn.Module`.
+
+    Attributes:
+        size: Side of its images at the pyramid's nominal size, pixels.
+        dims: Channels after each group of blocks.
+        strides: Pixels of a cell after each group.
+    """
+
+    size: int
+    dims: list[int]
+    strides: list[int]
+
+    def load(self) -> None:
+        """Loads pretrained weights."""
+
+    def embed(self, image: Tensor) -> State:
+        """Images `(B, C, h, w)` as tokens."""
+
+    def run(self, group: int, state: State) -> State:
+        """The state after a group of blocks."""
+
+
+class Pyramid(nn.Module):
+    """PIIP: the largest model sees the smallest image.
+
+    Args:
+        branches: The one with the smallest image first, all of as many groups.
+        unit: Makes an interaction unit of the channels of two neighbours, the coarser one's first.
+
+    Raises:
+        UserError: no branch, numbers of groups that differ, or sizes that fall.
+    """
+
+    def __init__(self, branches: Sequence[Branch], unit: Callable[[int, int], InteractionUnit] = InteractionUnit):
+        super().__init__()
+        groups = [len(branch.dims) for branch in branches]
+        if not groups or len(set(groups)) > 1:
+            raise UserError(f"branches: found {groups} groups of blocks, expected as many in each")
+        sizes, widths = [branch.size for branch in branches], [branch.dims[-1] for branch in branches]
+        if sizes != sorted(sizes):
+            raise UserError(f"branches: found sizes {sizes}, expected {sorted(sizes)}, the smallest image first")
+        if widths != sorted(widths, reverse=True):
+            rank_zero_warn(
+                f"branches: widths {widths} on images of {sizes} pixels; a parameter-inverted pyramid has the widest "
+                f"model on the smallest image: {sorted(widths, reverse=True)}"
+            )
+        self.branches = nn.ModuleList(branches)
+        self.interactions = nn.ModuleList(
+            Interaction([unit(a.dims[k], b.dims[k]) for a, b in pairwise(branches)]) for k in range(groups[0])
+        )
+
+    def load(self) -> None:
+        """Pretrained weights of all branches.
+
+        Raises:
+            UserError: as the branches.
+        """
+        for branch in self.branches:
+            branch.load()
+
+    def forward(self, image: Tensor, after: Sequence[int] = (-1,)) -> list[list[State]]:
+        """States of all branches, the coarsest first, after each of some interactions.
+
+        Args:
+            image: `(B, C, H, W)`, what the finest branch sees.
+            after: Numbers of the interactions; -1 is the last.
+        """
+        last = len(self.interactions)
+        wanted = [k % last for k in after]
+        states = [branch.embed(resized_image(image, branch.size / self.branches[-1].size)) for branch in self.branches]
+        kept = {}
+        for k, interaction in enumerate(self.interactions):
+            states = interaction([branch.run(k, state) for branch, state in zip(self.branches, states)])
+            if k in wanted:
+                kept[k] = states
+        return [kept[k] for k in wanted]
