@@ -1,6 +1,7 @@
 """Attention of one map's tokens to another's: deformable (arXiv 2010.04159 eq. 2, one level) or dense."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class DeformableAttention(nn.Module):
         Places and weights are float32 at least, whatever the precision of training.
         """
         batch, count, _ = query.shape
-        with torch.autocast(query.device.type, enabled=False):
+        with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
             wide = query.to(torch.promote_types(query.dtype, torch.float32))
             shape = batch, count, self.heads, 1, self.points
             size = wide.new_tensor([feat_grid[1], feat_grid[0]])

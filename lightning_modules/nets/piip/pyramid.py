@@ -34,6 +34,9 @@ class Branch(Protocol):
     def run(self, group: int, state: State) -> State:
         """The state after a group of blocks."""
 
+    def attention_operations(self, image_size: tuple[int, int]) -> int:
+        """Multiplications of its attentions' products in an image of (height, width)."""
+
 
 class Pyramid(nn.Module):
     """PIIP: the largest model sees the smallest image.

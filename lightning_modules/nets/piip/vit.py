@@ -156,6 +156,11 @@ class VitBranch(nn.Module):
         cls, tokens = (None, x) if state.cls is None else (x[:, :1], x[:, 1:])
         return State(tokens, state.grid, cls)
 
+    def attention_operations(self, image_size: tuple[int, int]) -> int:
+        """Multiplications of its attentions' products in an image of (height, width), of the cells without padding."""
+        n, dim = (image_size[0] // self.patch) * (image_size[1] // self.patch), self.dims[-1]
+        return sum(2 * n * (n if window is None else window**2) * dim for window in self.windows)
+
     def _block(self, k: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         block, window = self.blocks[k], self.windows[k]
         if window is None:

@@ -1,0 +1,138 @@
+"""The papers' pyramids by letters: which pretrained models see images of which sizes (arXiv 2406.04330, 2501.07783)."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
+from penstock.lightning_modules.nets.piip.dense import PiipBackbone
+from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
+from penstock.lightning_modules.nets.piip.merging import Token
+from penstock.lightning_modules.nets.piip.vit import VitBranch
+
+Pretrained = Literal["deit", "deit3", "augreg", "augreg_384", "mae", "dinov2"]
+DEIT3 = {
+    "T": "deit_tiny_patch16_224.fb_in1k",
+    "S": "deit3_small_patch16_224.fb_in22k_ft_in1k",
+    "B": "deit3_base_patch16_224.fb_in22k_ft_in1k",
+    "L": "deit3_large_patch16_224.fb_in22k_ft_in1k",
+}
+MODELS: dict[str, dict[str, str]] = {
+    "deit": {letter: f"deit_{name}_patch16_224.fb_in1k" for letter, name in zip("TSB", ("tiny", "small", "base"))},
+    "deit3": DEIT3,
+    "augreg": {
+        letter: f"vit_{name}_patch16_224.augreg_in21k_ft_in1k"
+        for letter, name in zip("TSBL", ("tiny", "small", "base", "large"))
+    },
+    "augreg_384": {
+        letter: f"vit_{name}_patch16_384.augreg_in21k_ft_in1k"
+        for letter, name in zip("TSBL", ("tiny", "small", "base", "large"))
+    },
+    "mae": DEIT3
+    | {
+        "B": "vit_base_patch16_224.mae",
+        "L": "vit_large_patch16_224.mae",
+        "H": "vit_huge_patch14_224.mae",
+    },
+    "dinov2": {letter: f"vit_{name}_patch14_dinov2.lvd142m" for letter, name in zip("SBL", ("small", "base", "large"))},
+}
+DROP_PATH = {"T": 0.05, "S": 0.05, "B": 0.15, "L": 0.4, "H": 0.4}
+STRONGER = {"S": 0.2, "B": 0.3}  # of dense AugReg and DINOv2 models
+
+
+def dense(
+    models: str,
+    sizes: Sequence[int],
+    pretrained: Pretrained = "deit3",
+    window: int | None = 28,
+    interactions: int = 12,
+    weights: Sequence[str] | None = None,
+    speed_up: bool = False,
+) -> PiipBackbone:
+    """A backbone of dense tasks.
+
+    Args:
+        models: Letters of the models from the largest image to the smallest, such as `TSB`.
+        sizes: Sides of their images, pixels.
+        pretrained: On what; small models of families without one are DeiT's.
+        window: Side of windows of attention, cells; None is the whole image.
+        interactions: Number of them.
+        weights: Of each model, `hub`, a file or `random`; None is the hub.
+        speed_up: See `InteractionUnit`.
+
+    Raises:
+        UserError: letters or sizes that do not fit.
+    """
+    rule = "constant" if pretrained.startswith("deit") else "linear"
+    rates = DROP_PATH | (STRONGER if pretrained in ("augreg_384", "dinov2") else {})
+    branches = [
+        VitBranch(
+            model,
+            size,
+            interactions,
+            file,
+            window=window,
+            pad="projections" if rule == "constant" else "inputs",
+            drop_path=rates[letter],
+            drop_path_rule=rule,
+        )
+        for letter, model, size, file in _named(models, sizes, pretrained, weights)
+    ]
+    return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up))
+
+
+def classifier(
+    models: str,
+    sizes: Sequence[int],
+    num_classes: int,
+    pretrained: Pretrained = "deit",
+    interactions: int = 12,
+    weights: Sequence[str] | None = None,
+    token: Token = "class",
+) -> PiipClassifier:
+    """A classifier of as many heads as branches; arguments as `dense`'s.
+
+    Args:
+        models: Letters.
+        sizes: Of images.
+        num_classes: K.
+        pretrained: On what.
+        interactions: Number of them.
+        weights: Of each model.
+        token: See `mean_of_heads`.
+
+    Raises:
+        UserError: letters or sizes that do not fit.
+    """
+    rates = DROP_PATH | {"B": 0.2}
+    branches = [
+        VitBranch(
+            model,
+            size,
+            interactions,
+            file,
+            num_classes=num_classes,
+            class_token=True,
+            resize_table=True,
+            drop_path=rates[letter],
+            drop_path_rule="constant" if pretrained == "deit" else "linear",
+            layer_scale=1.0 if pretrained == "deit" else None,
+        )
+        for letter, model, size, file in _named(models, sizes, pretrained, weights)
+    ]
+    return PiipClassifier(branches, num_classes, token=token)
+
+
+def _named(
+    models: str, sizes: Sequence[int], pretrained: str, weights: Sequence[str] | None
+) -> list[tuple[str, str, int, str]]:
+    """Letter, timm's name, size and weights of each branch, the smallest image first."""
+    known = MODELS[pretrained]
+    if not models or not set(models) <= set(known):
+        raise UserError(f"models: found '{models}', expected letters of {', '.join(known)} for pretrained={pretrained}")
+    files = ["hub"] * len(models) if weights is None else list(weights)
+    for name, found in (("sizes", sizes), ("weights", files)):
+        if len(found) != len(models):
+            raise UserError(f"{name}: found {len(found)}, expected {len(models)}, one for each of models={models}")
+    return list(zip(models, (known[letter] for letter in models), sizes, files))[::-1]
