@@ -21,7 +21,7 @@ from penstock.kernels.dispatch import jit, use_triton
 if TYPE_CHECKING:
     import triton.language as tl
 
-ELEMENTS = 512  # of a tile
+ELEMENTS = 256  # of a tile
 
 
 def deformable_attention(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.kernels import affine, cached_attention, coupling, jacobi, rotary
+from penstock.kernels import affine, cached_attention, coupling, deformable_attention, jacobi, rotary
 
 SHARED_MEMORY = 101376  # bytes, of the smallest device since Ampere
 FULL, HALF, DOUBLE = "*fp32", "*bf16", "*fp64"
@@ -51,6 +51,12 @@ def light():
     pointers = {"key": HALF, "value": HALF, "keys": FULL, "values": FULL, **TURN}
     yield store, {**head, "ROTATED": True, "ROWS": 8}, pointers
     yield combine, {"SIZE": 24, "PADDED": 32}, {"found": FULL, "tops": FULL, "sums": FULL, "out": HALF}
+    for size, back, kind in ((6, False, FULL), (24, False, HALF), (6, True, FULL), (24, True, HALF)):
+        padded = 1 << (size - 1).bit_length()
+        sizes = {"SIZE": size, "PADDED": padded, "POINTS": 4, "ROWS": deformable_attention.ELEMENTS // padded}
+        pointers = dict.fromkeys(("value", "weights", "out", "grad_weights"), kind)
+        wide = dict.fromkeys(("locations", "grad_value", "grad_locations"), FULL)
+        yield deformable_attention._kernel(), {**sizes, "ADD": kind == HALF, "BACKWARD": back}, pointers | wide
 
 
 def heavy():
@@ -76,7 +82,7 @@ def compiled(which, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_light_kernels(tmp_path, monkeypatch):
-    assert len(compiled("light", tmp_path, monkeypatch)) == 14
+    assert len(compiled("light", tmp_path, monkeypatch)) == 18
 
 
 @pytest.mark.slow

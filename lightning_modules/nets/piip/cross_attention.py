@@ -80,7 +80,7 @@ class DeformableAttention(nn.Module):
             places = centers(grid, wide.device, wide.dtype)[None, :, None, None, None] + offsets
             weights = self.attention_weights(wide).view(*shape).softmax(-1)
         value = self.value_proj(feat).unflatten(2, (self.heads, -1))
-        return self.output_proj(deformable_attention(value, [feat_grid], places, weights.to(value.dtype)))
+        return self.output_proj(deformable_attention(value, [feat_grid], places, weights))
 
 
 class DenseAttention(nn.Module):
