@@ -26,6 +26,9 @@ def read_weights(file: str, what: str, whose: str) -> dict[str, Tensor]:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
         raise UserError(f"{what}: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    state = state.get("module", state)  # as DeepSpeed saves
+    if wrong := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
+        raise UserError(f"{what}: {path} holds '{wrong}', which is no tensor; expected the state dict of {whose}")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
-PRINTS = ("list", "compare", "help", "-h", "--help", "--version")
+PRINTS = ("list", "compare", "flops", "help", "-h", "--help", "--version")
 HELP = """\
 usage: penstock VERB [word=value ...]      plain words: composed from conf/, any key, typed
        penstock VERB [--flag=value ...]    plain LightningCLI, e.g. --config runs/.../config.yaml
@@ -30,6 +30,7 @@ look
   encode     penstock encode experiment=starflow_t2i_256 out=latents
   export     penstock export ckpt_path=runs/.../checkpoints/last.ckpt format=onnx
   compare    penstock compare runs/a runs/b
+  flops      penstock flops experiment=piip_digits net=piip_tsb_368
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
 options of fit/validate/test/predict
@@ -75,6 +76,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.export import run_export
 
         return run_export(words)
+    if verb == "flops":
+        from penstock.lightning_modules.cli.flops import run_flops
+
+        return run_flops(words)
     if verb in ("fit", "validate", "test", "predict"):
         if "-m" in words or "--multirun" in words:
             from penstock.lightning_modules.cli.sweep import run_sweep
@@ -83,7 +88,7 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.verbs import run_verb
 
         return run_verb(verb, words)
-    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "export", "compare", "list")
+    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "export", "compare", "flops", "list")
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 

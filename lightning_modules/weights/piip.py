@@ -5,8 +5,11 @@ import re
 
 from torch import Tensor
 
+from penstock.lightning_modules.nets.piip.convnext import timm_name
+
 PARTS = [
     (r"^backbone\.", ""),
+    (r"^branch(\d)\.convnext_model\.(.*)", lambda m: f"branch{m[1]}.{timm_name(m[2])}"),
     (r"^branch(\d)\.", lambda m: f"pyramid.branches.{int(m[1]) - 1}."),
     (r"\.patch_embed\.proj\.", ".patch_embed."),
     (r"\.gamma_([12])$", r".ls\1.gamma"),
@@ -24,14 +27,18 @@ PARTS = [
     (r"(\.(?:coarse|fine)\.attn)\.proj\.", r"\1.output_proj."),
     (r"^w(\d)$", lambda m: f"merge.weights.{int(m[1]) - 1}"),
     (r"^merge_branch(\d)\.", lambda m: f"merge.projections.{int(m[1]) - 1}."),
+    (r"^intermediate_merging_(\d+)_w(\d)$", lambda m: f"merges.{m[1]}.weights.{int(m[2]) - 1}"),
+    (r"^intermediate_merging_(\d+)_branch(\d)\.", lambda m: f"merges.{m[1]}.projections.{int(m[2]) - 1}."),
     (r"^fpn1\.", "fpn.quarter."),
     (r"^fpn2\.0\.", "fpn.eighth."),
     (r"^cls_(norm|head)\.", r"merged.\1."),
 ]
+UNUSED = r"\.convnext_model\.layernorm\.|\.relative_position_index$"
+"""The final norm of a ConvNeXt, which no one applies, and what follows from the side of windows."""
 
 
 def own_name(name: str) -> str:
-    """The name in `PiipClassifier` or `PiipBackbone` of a tensor of the official code."""
+    """The name in `PiipClassifier`, `PiipBackbone` or `PiipHybridBackbone` of a tensor of the official code."""
     for pattern, replacement in PARTS:
         name = re.sub(pattern, replacement, name)
     return name
@@ -39,7 +46,7 @@ def own_name(name: str) -> str:
 
 def own_state(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a classifier or a backbone; positions of class tokens, which the official code drops, go."""
-    own = {own_name(name): value for name, value in official.items()}
+    own = {own_name(name): value for name, value in official.items() if not re.search(UNUSED, name)}
     for name, table in own.items():
         if name.endswith("pos_embed"):
             own[name] = table[:, table.shape[1] - math.isqrt(table.shape[1]) ** 2 :]

@@ -1,6 +1,6 @@
 """Image classification by a pyramid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.merging import MergedHead, Token, mean_of_heads
-from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid
+from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid, Unit
 
 
 class PiipClassifier(nn.Module):
@@ -29,7 +29,7 @@ class PiipClassifier(nn.Module):
         self,
         branches: Sequence[Branch],
         num_classes: int,
-        unit: Callable[[int, int], InteractionUnit] = InteractionUnit,
+        unit: Unit | None = InteractionUnit,
         head: Literal["separate", "merged"] = "separate",
         token: Token = "class",
     ):

@@ -1,12 +1,12 @@
 """A pyramid as backbone of dense tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.merging import SimpleFpn, conv_merge
-from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid
+from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid, Unit
 
 
 class PiipBackbone(nn.Module):
@@ -23,7 +23,7 @@ class PiipBackbone(nn.Module):
         UserError: as `Pyramid`.
     """
 
-    def __init__(self, branches: Sequence[Branch], unit: Callable[[int, int], InteractionUnit] = InteractionUnit):
+    def __init__(self, branches: Sequence[Branch], unit: Unit | None = InteractionUnit):
         super().__init__()
         self.pyramid = Pyramid(branches, unit)
         dims = [branch.dims[-1] for branch in branches]

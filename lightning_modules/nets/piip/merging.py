@@ -7,7 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.interaction import State, initialize
+
+GROUPS = 32
+
+
+def group_norm(dim: int) -> nn.GroupNorm:
+    """Norm of 32 groups of channels.
+
+    Raises:
+        UserError: channels that they do not divide.
+    """
+    if dim % GROUPS:
+        near = round(dim / GROUPS) * GROUPS or GROUPS
+        raise UserError(f"branches: found {dim} channels to merge, expected a multiple of {GROUPS}, such as {near}")
+    return nn.GroupNorm(GROUPS, dim)
 
 
 class Permute(nn.Module):
@@ -28,7 +43,7 @@ class Permute(nn.Module):
 def light_projection(dim: int, out: int) -> nn.Sequential:
     """Of classification: a layer between norms."""
     return nn.Sequential(
-        nn.GroupNorm(32, dim), Permute(0, 2, 3, 1), nn.Linear(dim, out), Permute(0, 3, 1, 2), nn.GroupNorm(32, out)
+        group_norm(dim), Permute(0, 2, 3, 1), nn.Linear(dim, out), Permute(0, 3, 1, 2), group_norm(out)
     )
 
 
@@ -39,12 +54,12 @@ def conv_projection(dim: int, out: int) -> nn.Sequential:
 
 def conv_unit(dim: int, out: int) -> nn.Sequential:
     """A 3x3 convolution with norm and ReLU."""
-    return nn.Sequential(nn.Conv2d(dim, out, 3, padding=1, bias=False), nn.GroupNorm(32, out), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(dim, out, 3, padding=1, bias=False), group_norm(out), nn.ReLU())
 
 
 def norm_unit(dim: int) -> nn.Sequential:
     """Norm and ReLU, of the first branch of a hybrid."""
-    return nn.Sequential(nn.GroupNorm(32, dim), nn.ReLU())
+    return nn.Sequential(group_norm(dim), nn.ReLU())
 
 
 class Merge(nn.Module):
@@ -79,7 +94,7 @@ def light_merge(dims: Sequence[int]) -> Merge:
     Args:
         dims: Channels of the branches, the coarsest first.
     """
-    return Merge([nn.GroupNorm(32, dims[0]), *(light_projection(dim, dims[0]) for dim in dims[1:])])
+    return Merge([group_norm(dims[0]), *(light_projection(dim, dims[0]) for dim in dims[1:])])
 
 
 def conv_merge(dims: Sequence[int]) -> Merge:
@@ -91,27 +106,52 @@ def conv_merge(dims: Sequence[int]) -> Merge:
     return Merge([conv_projection(dim, dims[0]) for dim in dims])
 
 
-class SimpleFpn(nn.Module):
-    """Maps of strides 4, 8, 16 and 32 of one of stride 16 (arXiv 2203.16527).
+def hybrid_merge(dims: Sequence[int]) -> Merge:
+    """Of one map of a hybrid: the first branch is only normed.
+
+    Args:
+        dims: Channels of the branches there, the coarsest first.
+    """
+    return Merge([norm_unit(dims[0]), *(conv_unit(dim, dims[0]) for dim in dims[1:])])
+
+
+class Resampling(nn.Module):
+    """Four maps of stride 16 at strides 4, 8, 16 and 32 (arXiv 2203.16527).
+
+    Args:
+        quarter: Channels of the first.
+        eighth: Of the second.
+    """
+
+    def __init__(self, quarter: int, eighth: int):
+        super().__init__()
+
+        def double(dim: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(dim, dim, 2, 2)
+
+        self.quarter = nn.Sequential(double(quarter), group_norm(quarter), nn.GELU(), double(quarter))
+        self.eighth = double(eighth)
+        self.last = nn.MaxPool2d(2, 2)
+        self.apply(initialize)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps `(B, D_l, H_l, W_l)`, the finest first, of `(B, D_l, H, W)`."""
+        return [self.quarter(maps[0]), self.eighth(maps[1]), maps[2], self.last(maps[3])]
+
+
+class SimpleFpn(Resampling):
+    """Maps of strides 4, 8, 16 and 32 of one of stride 16.
 
     Args:
         dim: Of all maps.
     """
 
     def __init__(self, dim: int):
-        super().__init__()
-
-        def double() -> nn.ConvTranspose2d:
-            return nn.ConvTranspose2d(dim, dim, 2, 2)
-
-        self.quarter = nn.Sequential(double(), nn.GroupNorm(32, dim), nn.GELU(), double())
-        self.eighth = double()
-        self.last = nn.MaxPool2d(2, 2)
-        self.apply(initialize)
+        super().__init__(dim, dim)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps `(B, dim, H_l, W_l)`, the finest first, of `(B, dim, H, W)`."""
-        return [self.quarter(x), self.eighth(x), x, self.last(x)]
+        return super().forward([x] * 4)
 
 
 class MergedHead(nn.Module):

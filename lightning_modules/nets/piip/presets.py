@@ -73,7 +73,7 @@ def dense(
             interactions,
             file,
             window=window,
-            pad="projections" if rule == "constant" else "inputs",
+            pad="inputs",
             drop_path=rates[letter],
             drop_path_rule=rule,
         )

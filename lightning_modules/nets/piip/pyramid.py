@@ -1,7 +1,7 @@
 """The pyramid itself: branches on images of their own sizes, and interactions between groups of their blocks."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,17 +11,24 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.interaction import Interaction, InteractionUnit, State
 from penstock.lightning_modules.nets.piip.resizing import resized_image
 
+LARGER = 1.5  # times the parameters, from which on a model is larger; ConvNeXt-T has 1.3 times those of ViT-S
+Unit = Callable[[int, int], InteractionUnit]
+
 
 class Branch(Protocol):
     """What a pyramid asks of a branch, an `nn.Module`.
 
     Attributes:
         size: Side of its images at the pyramid's nominal size, pixels.
+        weights: Where its pretrained weights are.
+        depth: Number of its blocks.
         dims: Channels after each group of blocks.
         strides: Pixels of a cell after each group.
     """
 
     size: int
+    weights: str
+    depth: int
     dims: list[int]
     strides: list[int]
 
@@ -43,28 +50,32 @@ class Pyramid(nn.Module):
 
     Args:
         branches: The one with the smallest image first, all of as many groups.
-        unit: Makes an interaction unit of the channels of two neighbours, the coarser one's first.
+        unit: Makes an interaction unit of the channels of two neighbours, the coarser one's first; None leaves the
+            branches alone, as gates of zero do.
 
     Raises:
         UserError: no branch, numbers of groups that differ, or sizes that fall.
     """
 
-    def __init__(self, branches: Sequence[Branch], unit: Callable[[int, int], InteractionUnit] = InteractionUnit):
+    def __init__(self, branches: Sequence[Branch], unit: Unit | None = InteractionUnit):
         super().__init__()
         groups = [len(branch.dims) for branch in branches]
         if not groups or len(set(groups)) > 1:
             raise UserError(f"branches: found {groups} groups of blocks, expected as many in each")
-        sizes, widths = [branch.size for branch in branches], [branch.dims[-1] for branch in branches]
+        sizes = [branch.size for branch in branches]
         if sizes != sorted(sizes):
             raise UserError(f"branches: found sizes {sizes}, expected {sorted(sizes)}, the smallest image first")
-        if widths != sorted(widths, reverse=True):
+        counts = [sum(parameter.numel() for parameter in branch.parameters()) / 1e6 for branch in branches]
+        if any(fine > LARGER * coarse for coarse, fine in combinations(counts, 2)):
+            found, inverted = (", ".join(f"{n:.3g}" for n in row) for row in (counts, sorted(counts, reverse=True)))
             rank_zero_warn(
-                f"branches: widths {widths} on images of {sizes} pixels; a parameter-inverted pyramid has the widest "
-                f"model on the smallest image: {sorted(widths, reverse=True)}"
+                f"branches: models of {found} million parameters on images of {', '.join(map(str, sizes))} pixels; a "
+                f"parameter-inverted pyramid has the largest model on the smallest image: {inverted}"
             )
         self.branches = nn.ModuleList(branches)
         self.interactions = nn.ModuleList(
-            Interaction([unit(a.dims[k], b.dims[k]) for a, b in pairwise(branches)]) for k in range(groups[0])
+            Interaction([unit(a.dims[k], b.dims[k]) for a, b in pairwise(branches)] if unit else [])
+            for k in range(groups[0])
         )
 
     def load(self) -> None:

@@ -217,7 +217,16 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_a_reversed_order_is_warned_of(recwarn):
     Pyramid([branch(32, 32), branch(64, 64)])
     text = str(recwarn[0].message)
-    assert "widths [32, 64] on images of [32, 64] pixels" in text
-    assert text.endswith("[64, 32]")
+    assert "models of 0.04, 0.129 million parameters on images of 32, 64 pixels" in text
+    assert text.endswith(": 0.129, 0.04")
     Pyramid([branch(32, 64), branch(64, 32)])
     assert len(recwarn) == 1
+
+
+def test_branches_without_interactions_are_those_with_closed_gates():
+    torch.manual_seed(0)
+    closed = pair()
+    alone = Pyramid(list(closed.branches), unit=None)
+    image = random_image(1, 1, 64, 64)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(closed(image)[0], alone(image)[0]))
+    assert not list(alone.interactions.parameters())
