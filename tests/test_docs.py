@@ -117,6 +117,8 @@ def check(line):
         check_keys(verb, pieces(verb, words, EXPORT), EXPORT)
     elif verb == "compare":
         assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
+    elif verb == "flops":
+        assert _run([verb, *words]) == 0
     elif verb == "list":
         assert _run([verb, *(w for w in words if not w.startswith("["))]) == 0
     else:
