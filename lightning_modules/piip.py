@@ -112,20 +112,20 @@ class Piip(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "val/")
+        self._score(batch, "val/", "val/")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "")
+        self._score(batch, "test/", "")
 
-    def _score(self, batch: dict[str, Any], prefix: str) -> None:
-        """Logs `loss`, `accuracy` and, of more than five classes, `accuracy_top5`, means over the images."""
+    def _score(self, batch: dict[str, Any], split: str, prefix: str) -> None:
+        """Logs the split's loss, `accuracy` and, of more than five classes, `accuracy_top5`, means over the images."""
         logits, labels = self(batch["image"]).float(), batch["label"]
-        values = {"loss": F.cross_entropy(logits, labels, reduction="none")}
+        values = {f"{split}loss": F.cross_entropy(logits, labels, reduction="none")}
         for name, k in (("accuracy", 1), ("accuracy_top5", 5)):
             if k < self.net.num_classes:
-                values[name] = (logits.topk(k).indices == labels[:, None]).any(1).float()
+                values[prefix + name] = (logits.topk(k).indices == labels[:, None]).any(1).float()
         for name, value in values.items():
-            log_mean(self, prefix + name, value)
+            log_mean(self, name, value)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`index` `(B,)` and `probabilities` `(B, K)`."""

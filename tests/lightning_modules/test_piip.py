@@ -61,7 +61,7 @@ def test_from_words(tmp_path, monkeypatch):
     with torch.no_grad():
         logits = model(batch["image"])
     assert metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == batch["label"]).float().mean()), abs=1e-6)
-    assert metrics["loss"] == pytest.approx(float(F.cross_entropy(logits, batch["label"])), abs=1e-5)
+    assert metrics["test/loss"] == pytest.approx(float(F.cross_entropy(logits, batch["label"])), abs=1e-5)
 
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -123,6 +123,8 @@ def small(name, images, defects):
     if "stable_diffusion" in net or net.endswith("weights.twinflow.pretrained"):
         made = "test_twinflow_recipes.py" if "twinflow" in net else "test_stable_diffusion.py"
         pytest.skip(f"needs a folder of diffusers: tests/lightning_modules/weights/{made} makes one")
+    if tree["model"]["class_path"].endswith("piip.Piip"):
+        return ["data.pictures=32", "data.batch_size=8", "callbacks.cost.runs=1"]
     if tree["model"]["class_path"].endswith("sepc.Sepc"):
         return small_boxes(data, own)
     if net.endswith("fastflow.FastFlowNet"):
