@@ -58,9 +58,7 @@ def detector(host_name: str, neck_name: str) -> Sepc:
             parameter.normal_(std=0.3)
         elif parameter.ndim == 4:
             parameter.normal_(std=0.15)
-        elif name == "scales":
-            parameter.uniform_(0.5, 1.5)
-        elif "bn" in name and name.endswith("weight"):
+        elif name == "scales" or ("bn" in name and name.endswith("weight")):
             parameter.uniform_(0.5, 1.5)
         else:
             parameter.normal_(std=0.2)
