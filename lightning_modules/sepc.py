@@ -1,5 +1,6 @@
 """SEPC, arXiv 2005.03101: detectors with a pyramid convolution neck, and the same detectors without it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Sepc(LightningModule):
         self.initial: str | None = net.backbone.weights
         self.classes: list[tuple[str, int]] = []
         self.resizing: Resizing | None = None
-        self.pad_multiple = 1
+        self.pad_multiple, self._told_by_data = 1, False
         if origin := net.origin:
             self.classes, self.pad_multiple = origin.classes, origin.pad_multiple
             self.resizing = Resizing((origin.side,), origin.longest)
@@ -65,8 +66,10 @@ class Sepc(LightningModule):
             return
         if data.num_classes != own:
             raise UserError(f"num_classes: found {own}, expected {data.num_classes}, the data's classes")
+        if self.net.origin and self.net.origin.named:
+            _check_names(data.class_names, self.net.origin.classes)
         self.classes = list(zip(data.class_names, data.category_ids))
-        self.resizing, self.pad_multiple = data.resizing, data.pad_multiple
+        self.resizing, self.pad_multiple, self._told_by_data = data.resizing, data.pad_multiple, True
 
     def on_fit_start(self) -> None:
         """Warns of statistics of a single image."""
@@ -83,7 +86,16 @@ class Sepc(LightningModule):
         checkpoint["trained_on"] = {"classes": self.classes, "sides": sides, "pad_multiple": self.pad_multiple}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if seen := checkpoint.get("trained_on"):
+        """What it was trained on; data at hand say more of themselves.
+
+        Raises:
+            UserError: data of other classes, or in another order.
+        """
+        if not (seen := checkpoint.get("trained_on")):
+            return
+        if self._told_by_data:
+            _check_names([name for name, _ in self.classes], seen["classes"])
+        else:
             self.classes, self.pad_multiple = [tuple(row) for row in seen["classes"]], seen["pad_multiple"]
             self.resizing = seen["sides"] and Resizing(tuple(seen["sides"][0]), seen["sides"][1])
 
@@ -171,6 +183,17 @@ class Sepc(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizers(self)
+
+
+def _check_names(found: Sequence[str], trained: Sequence[tuple[str, int]]) -> None:
+    """Refuses data whose classes are not those of the weights, one by one; `_` and a space are the same.
+
+    Raises:
+        UserError: the first that differs.
+    """
+    for k, (name, (expected, _)) in enumerate(zip(found, trained)):
+        if name.replace("_", " ") != expected.replace("_", " "):
+            raise UserError(f"data.classes: found '{name}' as class {k}, expected '{expected}', as in the weights")
 
 
 def _sizes(batch: dict[str, Any]) -> tuple[list[list[int]], Tensor]:

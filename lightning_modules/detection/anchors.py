@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from penstock.lightning_modules.errors import UserError
+
 Sizes = Sequence[tuple[int, int]]
 
 
@@ -20,6 +22,9 @@ class Anchors:
 
     Attributes:
         extent: Of the boxes, see the package.
+
+    Raises:
+        UserError: no number in a list, or one that is not above 0.
     """
 
     def __init__(
@@ -29,6 +34,9 @@ class Anchors:
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
         legacy: bool = False,
     ):
+        for name, values in (("strides", strides), ("scales", scales), ("ratios", ratios)):
+            if not values or min(values) <= 0:
+                raise UserError(f"anchors.{name}: found {list(values)}, expected numbers above 0")
         self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
         self.legacy, self.extent = legacy, float(legacy)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.coding import Deltas, Distances
 from penstock.lightning_modules.detection.selection import COCO, Found, Selection
+from penstock.lightning_modules.errors import UserError
 
 Maps = Sequence[Tensor]
 
@@ -20,6 +21,10 @@ class Outputs(NamedTuple):
     logits: Maps
     codes: Maps
     quality: Maps | None = None
+
+    def wide(self) -> "Outputs":
+        """The same in float32 at least: logarithms, exponentials and sums of half precision lose too much."""
+        return Outputs(*(maps and [y.to(torch.promote_types(y.dtype, torch.float32)) for y in maps] for maps in self))
 
 
 class Objects(NamedTuple):
@@ -66,6 +71,9 @@ class Host:
     Attributes:
         positive: Whether codes are distances: a head that makes them ends in a ReLU, and starts at 1.
         quality: Whether a head also says how well boxes fit; scores are then `sqrt(p * quality)`.
+
+    Raises:
+        UserError: anchors and coding of two pixel conventions.
     """
 
     quality = False
@@ -73,6 +81,9 @@ class Host:
     def __init__(
         self, num_classes: int, anchors: Anchors, coding: Deltas | Distances, selection: Selection = COCO
     ) -> None:
+        if coding.extent != anchors.extent:
+            found = f"coding.extent={coding.extent:g} with anchors.legacy={str(anchors.legacy).lower()}"
+            raise UserError(f"host: found {found}, expected extent=1 and legacy=true, or 0 and false")
         self.num_classes, self.anchors, self.coding, self.selection = num_classes, anchors, coding, selection
         self.positive = isinstance(coding, Distances)
 

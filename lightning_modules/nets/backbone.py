@@ -65,10 +65,12 @@ class Backbone(nn.Module):
         net = self._create()
         if not hasattr(net, "forward_intermediates"):
             raise UserError(f"backbone.model: timm's {model} offers no feature maps")
-        found = [info["num_chs"] for info in _rows(net.feature_info)]
+        rows = _rows(net.feature_info)
+        found = [info["num_chs"] for info in rows]
         if not layers or not set(self.layers) <= set(range(len(found))):
             raise UserError(f"backbone.layers: found {self.layers}, expected some of 0 to {len(found) - 1} of {model}")
         self.channels = [found[layer] for layer in self.layers]
+        self.strides = [rows[layer]["reduction"] for layer in self.layers]
         config = timm.data.resolve_data_config({}, model=net)
         strict = any(getattr(module, "strict_img_size", False) for module in net.modules())
         self._only = _pair(self.options.get("img_size", config["input_size"][1:])) if strict else None
@@ -140,8 +142,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        if self._only is not None and tuple(image.shape[-2:]) != self._only:
-            raise self._other_size(tuple(image.shape[-2:]))
+        self._check_size(image)
         x = torch.addcmul((0.5 - self.mean) / self.std, image, 0.5 / self.std)
         if is_compiling() or is_exporting() or x.device.type == "meta":
             return self._maps(self.net if self._quick is None else self._quick[1], x)
@@ -150,6 +151,10 @@ class Backbone(nn.Module):
             return self._maps(net, x)
         parts = [self._maps(net, part) for part in x.to(memory_format=torch.channels_last).split(AT_ONCE)]
         return [torch.cat(maps).contiguous() for maps in zip(*parts)]
+
+    def _check_size(self, image: Tensor) -> None:
+        if self._only is not None and tuple(image.shape[-2:]) != self._only:
+            raise self._other_size(tuple(image.shape[-2:]))
 
     def folded(self, image: Tensor) -> "Backbone":
         """A copy of images in [0, 1], with batch norms inside of convolutions, for inference and export alone.

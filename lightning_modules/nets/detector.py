@@ -17,6 +17,21 @@ Neck = Callable[[int], nn.Module]
 PRIOR = 0.01  # probability of a class that an untrained head gives
 
 
+def check_strides(name: str, found: Sequence[int], backbone: TrainedBackbone) -> None:
+    """Refuses levels whose cells are not those of a backbone's maps and, beyond these, twice as large each time.
+
+    Raises:
+        UserError: so they are; the key is called `name`.
+    """
+    expected = list(backbone.strides)
+    while len(expected) < len(found):
+        expected.append(2 * expected[-1])
+    if list(found) != expected:
+        raise UserError(
+            f"{name}: found {list(found)}, expected {expected}, of maps {backbone.layers} of {backbone.model}"
+        )
+
+
 class Towers(nn.Module):
     """RetinaNet's: convolutions for each task, shared by the levels; the baseline of a pyramid convolution neck.
 
@@ -101,12 +116,14 @@ class Origin(NamedTuple):
         side: Shorter side of its images.
         longest: The longer one was at most this.
         pad_multiple: They were padded to multiples of it.
+        named: Whether the names are the weights' own.
     """
 
     classes: list[tuple[str, int]]
     side: int
     longest: int
     pad_multiple: int
+    named: bool = True
 
 
 class BoxNetwork(nn.Module):
@@ -162,27 +179,34 @@ class Detector(BoxNetwork):
         neck: Makes `Towers` or a `PyramidConvNeck` of so many channels.
         host: Anchors, losses and boxes.
         channels: Of the pyramid.
+
+    Raises:
+        UserError: levels of other strides.
     """
 
     def __init__(self, backbone: TrainedBackbone, neck: Neck, host: Host, channels: int = 256):
         super().__init__()
         self.backbone, self.neck, self.host = backbone, neck(channels), host
+        check_strides("host.anchors.strides", host.anchors.strides, backbone)
         coarse = len(host.anchors.strides) - len(backbone.channels)
         self.pyramid = FeaturePyramid(backbone.channels, channels, coarse)
         self.head = Head(channels, host)
-
         self.num_classes = host.num_classes
 
     def forward(self, image: Tensor) -> Outputs:
         return self.head(self.neck(self.pyramid(self.backbone(image))))
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The host's."""
-        return self.host.losses(self(image), objects, padded)
+        """The host's, in float32 at least."""
+        outputs = self(image).wide()
+        with torch.autocast(image.device.type, enabled=False):
+            return self.host.losses(outputs, objects, padded)
 
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
-        """The host's."""
-        return self.host.detections(self(image), sizes, scales)
+        """The host's, in float32 at least."""
+        outputs = self(image).wide()
+        with torch.autocast(image.device.type, enabled=False):
+            return self.host.detections(outputs, sizes, scales)
 
     def evaluated(
         self,
@@ -193,5 +217,6 @@ class Detector(BoxNetwork):
         scales: Tensor,
     ) -> tuple[dict[str, Tensor], list[Found]]:
         """Both, see `BoxNetwork`."""
-        outputs = self(image)
-        return self.host.losses(outputs, objects, padded), self.host.detections(outputs, sizes, scales)
+        outputs = self(image).wide()
+        with torch.autocast(image.device.type, enabled=False):
+            return self.host.losses(outputs, objects, padded), self.host.detections(outputs, sizes, scales)

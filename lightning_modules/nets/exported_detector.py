@@ -39,6 +39,7 @@ class ExportedDetector(nn.Module):
         self.num_classes, self.extent = net.num_classes, net.host.anchors.extent
         for level, prior in enumerate(net.host.anchors.grid(sizes_of(logits), example.device)):
             self.register_buffer(f"priors{level}", prior.clone())
+        self.requires_grad_(False)
 
     def forward(self, image: Tensor, size: Tensor, original_size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Boxes `(B, most, 4)`, scores `(B, most)`, labels `(B, most)`, and how many of them are found `(B,)`.

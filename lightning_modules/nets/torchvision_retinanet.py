@@ -11,7 +11,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
-from penstock.lightning_modules.nets.detector import BoxNetwork
+from penstock.lightning_modules.nets.detector import BoxNetwork, check_strides
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 
 
@@ -42,10 +42,14 @@ class TorchvisionRetinaNet(BoxNetwork):
         num_classes: K.
         anchors: Theirs are rounded to whole pixels.
         channels: Of the pyramid.
+
+    Raises:
+        UserError: anchors of other strides.
     """
 
     def __init__(self, backbone: TrainedBackbone, num_classes: int, anchors: Anchors, channels: int = 256):
         super().__init__()
+        check_strides("anchors.strides", anchors.strides, backbone)
         self.num_classes = num_classes
         sides = tuple(tuple(int(stride * scale) for scale in anchors.scales) for stride in anchors.strides)
         self.net = RetinaNet(

@@ -61,6 +61,7 @@ class TrainedBackbone(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Maps `(B, C_l, H_l, W_l)` of images `(B, 3, H, W)` in [-1, 1]."""
+        self._check_size(image)
         return self._maps(self.net, torch.addcmul((0.5 - self.mean) / self.std, image, 0.5 / self.std))
 
 

@@ -11,7 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
-from penstock.lightning_modules.nets.detector import BoxNetwork
+from penstock.lightning_modules.nets.detector import BoxNetwork, check_strides
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
@@ -58,6 +58,9 @@ class TwoStageDetector(BoxNetwork):
         deformable: Scale-equalizing.
         anchor: Side of an anchor over the stride of its level.
         hidden: Width of the boxes' head.
+
+    Raises:
+        UserError: maps of other strides.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class TwoStageDetector(BoxNetwork):
     ):
         super().__init__()
         self.num_classes = num_classes
+        check_strides("backbone.layers: strides", [4, 8, 16, 32], backbone)
         levels = Levels(backbone, channels, layers, ibn, deformable)
         strides = [4 * 2**level for level in range(levels.pyramid.levels)]
         self.net = FasterRCNN(

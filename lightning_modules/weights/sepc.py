@@ -115,7 +115,8 @@ def pretrained(
     names = meta.get("CLASSES") or [f"class {k}" for k in ids]
     if len(names) != classes:
         raise UserError(f"{path}: names {len(names)} classes, but its head has {classes}")
-    net.origin = Origin([(str(name), k) for name, k in zip(names, ids)], side=800, longest=1333, pad_multiple=32)
+    rows, named = [(str(name), k) for name, k in zip(names, ids)], bool(meta.get("CLASSES"))
+    net.origin = Origin(rows, side=800, longest=1333, pad_multiple=32, named=named)
     return net
 
 

@@ -4,15 +4,18 @@ import itertools
 import json
 import os
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from penstock.datamodules.detection_transforms import Resizing
 from penstock.lightning_modules.build import build, config_of_checkpoint, model_from_checkpoint
 from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli import main
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import Detector
 
 TINY = [
@@ -220,3 +223,24 @@ def test_predictions_that_nobody_could_name(tmp_path, capsys):
     words += ["data=pictures", f"data.data_dir={tmp_path}", "num_classes=3", f"run_dir={tmp_path / 'run'}"]
     assert main(["predict", *words]) == 2
     assert "model: its classes are not known; expected ckpt_path=FILE" in capsys.readouterr().err
+
+
+def test_data_of_other_classes_are_refused(run):
+    """A checkpoint says what it was trained on; data at hand keep their own sizes and ids, not their own order."""
+    model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    data = SimpleNamespace(class_names=["traffic_light", "cat"], category_ids=[10, 17], num_classes=2)
+    data.resizing, data.pad_multiple = Resizing((64,), 64), 32
+    seen = {"classes": [("traffic light", 1), ("cat", 2)], "sides": ([90], 120), "pad_multiple": 8}
+    model.net.num_classes, model.trainer = 2, SimpleNamespace(datamodule=data)
+    model.setup("test")
+    model.on_load_checkpoint({"trained_on": seen})
+    assert model.classes == [("traffic_light", 10), ("cat", 17)]
+    assert (model.resizing, model.pad_multiple) == (Resizing((64,), 64), 32)
+    data.class_names.reverse()
+    model.setup("test")
+    with pytest.raises(UserError, match=r"data\.classes: found 'cat' as class 0, expected 'traffic light'"):
+        model.on_load_checkpoint({"trained_on": seen})
+    model = model_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    model.on_load_checkpoint({"trained_on": seen})
+    assert (model.classes, model.pad_multiple) == ([("traffic light", 1), ("cat", 2)], 8)
+    assert model.resizing.sides == (90,)

@@ -144,3 +144,59 @@ def test_losses_and_boxes_of_one_pass(name, empty, monkeypatch):
     assert all(torch.equal(losses[key], expected[key]) and losses[key].isfinite() for key in losses)
     assert len(found[0].boxes) > 5
     assert all(torch.equal(a, b) for one, other in zip(found, boxes) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize(
+    ("strides", "line"),
+    [
+        (
+            (4, 8, 16, 32, 64),
+            r"found .*, expected \[8, 16, 32, 64, 128\], of maps \[2, 3, 4\] of resnet18",
+        ),
+        ((8, 16, 33), r"found \[8, 16, 33\], expected \[8, 16, 32\]"),
+        ((8, 16), r"found \[8, 16\], expected \[8, 16, 32\]"),
+    ],
+)
+def test_anchors_of_other_cells_than_the_maps(strides, line):
+    with pytest.raises(UserError, match=r"host\.anchors\.strides: " + line):
+        detector(Retina(3, Anchors(strides), Deltas()))
+
+
+def test_conventions_that_do_not_fit():
+    with pytest.raises(UserError, match=r"coding\.extent=1 with anchors\.legacy=false, expected extent=1 and"):
+        Fsaf(3, SQUARE, Distances(1.0))
+    for name in ("strides", "scales", "ratios"):
+        with pytest.raises(UserError, match=rf"anchors\.{name}: found \[\], expected numbers above 0"):
+            Anchors(**{name: ()})
+    with pytest.raises(UserError, match=r"anchors\.scales: found \[-1\]"):
+        Anchors(scales=(-1,))
+
+
+HOSTS_OF_ALL = {**HOSTS, "free_anchor": lambda: FreeAnchor(3, Anchors(), Deltas())}
+
+
+@pytest.mark.parametrize("name", HOSTS_OF_ALL)
+def test_half_precision_ends_at_the_head(name, monkeypatch):
+    """Under autocast losses and boxes are those of the head's maps in float32."""
+    net = detector(HOSTS_OF_ALL[name]())
+    image = torch.rand(1, 3, 96, 128) * 2 - 1
+    objects = [Objects(torch.tensor([[10.0, 12.0, 60.0, 70.0], [50.0, 20.0, 110.0, 90.0]]), torch.tensor([0, 2]))]
+    seen = []
+    losses = net.host.losses
+
+    def watched(outputs, *rest):
+        seen.extend([*outputs.logits, *outputs.codes, *(outputs.quality or [])])
+        assert not torch.is_autocast_enabled("cpu")
+        return losses(outputs, *rest)
+
+    monkeypatch.setattr(net.host, "losses", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = net(image)
+        found = net.losses(image, objects, [(96, 128)])
+        boxes = net.detections(image, [(96, 128)], torch.ones(1, 4))[0]
+    assert {y.dtype for y in maps.logits} == {torch.bfloat16}
+    assert {y.dtype for y in seen} == {torch.float32}
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in found.values())
+    assert boxes.boxes.dtype == torch.float32
+    expected = losses(maps.wide(), objects, [(96, 128)])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -236,11 +236,11 @@ def test_files_that_do_not_fit(tmp_path):
     refused("a head of host=fsaf, found Retina; expected host=fsaf", file, host=host("retina", 5))
 
 
-def test_from_the_command_line(tmp_path, monkeypatch):
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Validated on images with boxes it leaves a checkpoint, which is tested and predicts."""
     tree, file = coco(tmp_path / "tree"), tmp_path / "a.pth"
     expected = small("sepc_lite", classes=3)
-    write(file, official(expected), CLASSES=("dog", "cat", "brush"))
+    write(file, official(expected), CLASSES=("cat", "dog", "toothbrush"))
     words = ["experiment=sepc_coco", "net=sepc_official", f"model.net.file={file}", "neck=sepc_lite", "num_classes=3"]
     words += ["model.net.backbone.model=resnet18", f"data.data_dir={tree}", "data.num_workers=0", "data.min_size=288"]
     words += ["data.max_size=800", "data.batch_size=2", "logger=csv"]
@@ -263,9 +263,13 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert len(json.loads(direct.read_text())) > 10
     found = penstock("predict", f"ckpt_path={checkpoint}", f"images={tree / 'test'}", run="p")
     assert json.loads((found / "predictions" / "boxes.json").read_text())["annotations"]
+    write(file, official(expected), CLASSES=("dog", "cat", "brush"))
+    assert main(["validate", *words, f"run_dir={tmp_path / 'other'}"]) == 2
+    assert "data.classes: found 'cat' as class 0, expected 'dog', as in the weights" in capsys.readouterr().err
+    write(file, official(expected), CLASSES=("cat", "dog", "toothbrush"))
     more = [word for word in words if word.startswith(("experiment", "net", "model", "neck", "num", "logger"))]
     more += ["data=pictures", f"data.data_dir={tree / 'test'}"]
     found = penstock("predict", *more, run="d")
     boxes = json.loads((found / "predictions" / "boxes.json").read_text())
-    assert boxes["categories"] == [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "brush"}]
+    assert boxes["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "toothbrush"}]
     assert boxes["annotations"]
