@@ -9,12 +9,13 @@ Which of them it is, is seen from the folders. A split without annotations is on
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from penstock.datamodules.annotations import Annotations, annotations, inside
@@ -94,6 +95,7 @@ def open_coco(root: Path) -> BoxedSet:
     if "train" not in found:
         names = ", ".join(sorted(p.name for p in (root / "annotations").glob("instances_*.json")))
         raise UserError(f"{root / 'annotations'}: no training split; found {names}, expected instances_train.json")
+    _warn_of_other_names(root, found)
     categories = found["train"][1]
     for part, own in found.values():
         if own != categories:
@@ -102,6 +104,18 @@ def open_coco(root: Path) -> BoxedSet:
                 f"{part.made_of[0]}: its categories differ from those of {found['train'][0].made_of[0].name} in {odd}"
             )
     return BoxedSet({split: part for split, (part, _) in found.items()}, list(categories.values()), list(categories))
+
+
+def _warn_of_other_names(root: Path, found: Collection[str]) -> None:
+    """Names files that no split is read from, where a split is missing: it may be one of them, mistyped."""
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    wanted = [f"instances_{names[0]}.json" for split, names in SPLIT_NAMES.items() if split not in found]
+    files = sorted(p.name for p in (root / "annotations").glob("instances_*.json"))
+    for file in files if wanted else []:
+        match = INSTANCES.fullmatch(file)
+        if match is None or match[1] not in known:
+            near = did_you_mean(file, wanted)
+            rank_zero_warn(f"{root / 'annotations' / file}: of no split, and not read{near}; there is no {wanted[0]}")
 
 
 def _images_of(root: Path, match: re.Match) -> Path | None:

@@ -36,7 +36,7 @@ look
 options of fit/validate/test/predict
   --print    show the composed configuration and stop
   --help     every key that LightningCLI knows, with its type
-groups       model= net= path= times= coupling= solver= data=
+groups       model= net= path= times= coupling= solver= neck= host= data=
               trainer= callbacks= logger= strategy= perf= debug= (choices: penstock list options)
 own configs  PENSTOCK_CONF=folder holds more files of the same groups
 """

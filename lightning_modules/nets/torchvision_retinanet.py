@@ -1,6 +1,7 @@
 """torchvision's RetinaNet as it is, on our backbones: a detector to compare with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
@@ -63,6 +64,11 @@ class TorchvisionRetinaNet(BoxNetwork):
     @property
     def backbone(self) -> TrainedBackbone:
         return self.net.backbone.backbone
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles backbone and pyramid, and the head."""
+        self.net.backbone.compile(*args, **kwargs)
+        self.net.head.compile(*args, **kwargs)
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Losses of classes and of boxes, scalars by name."""

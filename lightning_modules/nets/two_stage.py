@@ -1,6 +1,7 @@
 """Faster R-CNN, arXiv 1506.01497, on torchvision's parts, with pyramid convolutions between pyramid and heads."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -90,6 +91,10 @@ class TwoStageDetector(BoxNetwork):
     @property
     def backbone(self) -> TrainedBackbone:
         return self.net.backbone.backbone
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles backbone and pyramid: proposals and boxes have sizes that change with every image."""
+        self.net.backbone.compile(*args, **kwargs)
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Losses of proposals and of boxes, scalars by name."""

@@ -287,3 +287,15 @@ def test_the_command_line_says_it_and_ends_with_2(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "data=bccd", f"data.data_dir={tmp_path / 'nowhere'}", "logger=csv"]) == 2
     assert "data.data_dir: no folder at" in capsys.readouterr().err
+
+
+def test_a_mistyped_split_is_named(tmp_path, recwarn):
+    coco(tmp_path)
+    annotations = tmp_path / "annotations"
+    (annotations / "instances_val.json").rename(annotations / "instances_vall.json")
+    data = Detection("mine", str(tmp_path), batch_size=2)
+    data.setup()
+    assert not len(data.numbers["val"])
+    said = [str(one.message) for one in recwarn if "instances_vall" in str(one.message)]
+    assert len(said) == 1
+    assert "of no split, and not read (did you mean 'instances_val.json'?); there is no instances_val.json" in said[0]

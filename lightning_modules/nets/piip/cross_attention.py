@@ -75,8 +75,8 @@ class DeformableAttention(nn.Module):
         with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
             wide = query.to(torch.promote_types(query.dtype, torch.float32))
             shape = batch, count, self.heads, 1, self.points
-            size = wide.new_tensor([feat_grid[1], feat_grid[0]])
-            offsets = self.sampling_offsets(wide).view(*shape, 2) / size
+            dx, dy = self.sampling_offsets(wide).view(*shape, 2).unbind(-1)
+            offsets = torch.stack([dx / feat_grid[1], dy / feat_grid[0]], -1)
             places = centers(grid, wide.device, wide.dtype)[None, :, None, None, None] + offsets
             weights = self.attention_weights(wide).view(*shape).softmax(-1)
         value = self.value_proj(feat).unflatten(2, (self.heads, -1))

@@ -68,3 +68,13 @@ def test_anchors_are_ours_in_whole_pixels(net):
     cells = torch.cat([torch.full((int(x[0, 0].numel()) * 9,), float(s)) for x, s in zip(maps, (8, 16, 32))])
     shift = ((ours[..., :2] + ours[..., 2:]) / 2).view(-1, 2) - middle
     torch.testing.assert_close(shift, (cells / 2)[:, None].expand(-1, 2), rtol=0, atol=0.51)  # theirs lie at corners
+
+
+@torch.no_grad()
+def test_what_compiles(net):
+    """`net.compile()` reaches what runs: the inner modules, which are called by themselves."""
+    graphs = []
+    net.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    net.detections(images(), [(96, 128)] * 2, torch.ones(2, 4))
+    assert any(node.op == "call_function" and "conv2d" in str(node.target) for g in graphs for node in g.graph.nodes)
+    torch.compiler.reset()

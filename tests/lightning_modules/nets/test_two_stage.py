@@ -73,3 +73,14 @@ def test_levels(layers):
         (16, 3, 4),
         (16, 2, 2),
     ]
+
+
+@torch.no_grad()
+def test_what_compiles():
+    """`net.compile()` reaches what runs: the inner modules, which are called by themselves."""
+    graphs = []
+    net = detector(1).eval()
+    net.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    net.detections(torch.rand(2, 3, 96, 128) * 2 - 1, [(96, 128)] * 2, torch.ones(2, 4))
+    assert any(node.op == "call_function" and "conv2d" in str(node.target) for g in graphs for node in g.graph.nodes)
+    torch.compiler.reset()
