@@ -56,6 +56,16 @@ def metric_rows(spec: Table, tier: Tier, results: Results, metric: str) -> list[
     return lines
 
 
+def earlier(spec: Table, tier: Tier, out: Path) -> dict[str, dict[str, Any]]:
+    """Finished runs of the report in a folder, by the hash of their configuration; none where there is no report."""
+    path = out / f"{spec.name}_{tier.name}.json"
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    place = ("row", "column", "tier")
+    return {one["key"]: {k: v for k, v in one.items() if k not in place} for one in rows if not one["exit_code"]}
+
+
 def run_rows(tier: Tier, results: Results) -> list[dict[str, Any]]:
     """Where each number of ours comes from."""
     return [_origin(tier, run, results.get(run)) for run in tier.runs]

@@ -7,8 +7,8 @@
       smoke:                           # smoke, small or paper
         note: what it takes
         mean: true                     # whether a mean over the rows says something
-      seeds: [0, 1, 2]               # optional: every run once with each; the report has means and deviations
-        runs:
+        seeds: [0, 1, 2]                 # optional: every run once with each; the report has means and deviations
+        runs:                            # a run may have `seeds` of its own
           - {row: tile, column: FastFlow, words: [experiment=..., "key={weights}"]}
           - {each: {data.category: [bottle, cable]}, column: ResNet-18, words: [experiment=...]}   # a row a value
     references:
@@ -164,23 +164,28 @@ def _tier(path: Path, name: str, node: Any) -> Tier:
     place = f"tiers.{name}"
     node = _checked(path, place, node, ("note", "mean", "runs"), ("seeds",))
     runs: list[Run] = []
+    cells: list[tuple[str, str]] = []
     for entry in node["runs"]:
-        entry = _checked(path, f"{place}.runs", entry, ("column", "words"), ("row", "each"))
+        entry = _checked(path, f"{place}.runs", entry, ("column", "words"), ("row", "each", "seeds"))
         if ("row" in entry) == ("each" in entry):
             raise UserError(f"{path}: {place}.runs: found {sorted(entry)}, expected one of row, each")
+        seeds = _seeds(path, place, entry.get("seeds", node.get("seeds", [None])))
         if "row" in entry:
-            runs.append(Run(entry["row"], entry["column"], tuple(entry["words"])))
-            continue
-        ((key, values),) = entry["each"].items()
-        runs += [Run(str(value), entry["column"], (*entry["words"], f"{key}={value}")) for value in values]
-    cells = [(run.row, run.column) for run in runs]
+            found = [Run(entry["row"], entry["column"], tuple(entry["words"]))]
+        else:
+            ((key, values),) = entry["each"].items()
+            found = [Run(str(value), entry["column"], (*entry["words"], f"{key}={value}")) for value in values]
+        cells += [(run.row, run.column) for run in found]
+        runs += [replace(run, seed=seed) for run in found for seed in seeds]
     if double := next((cell for cell in cells if cells.count(cell) > 1), None):
         raise UserError(f"{path}: {place}.runs: two of row '{double[0]}' in column '{double[1]}', expected one")
-    seeds = node.get("seeds", [None])
+    return Tier(name, node["note"], node["mean"], tuple(runs))
+
+
+def _seeds(path: Path, place: str, seeds: Any) -> list[int | None]:
     if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
         raise UserError(f"{path}: {place}.seeds: found {seeds}, expected a list of different whole numbers")
-    runs = [replace(run, seed=seed) for run in runs for seed in seeds]
-    return Tier(name, node["note"], node["mean"], tuple(runs))
+    return seeds
 
 
 def _reference(path: Path, node: Any, metrics: tuple[str, ...], rows: set[str]) -> Reference:

@@ -1,8 +1,9 @@
 """A paper's table: runs what is missing of a tier and sets our numbers beside those of others.
 
 `python -m penstock.benchmarks.tables fastflow_mvtec --tier smoke --data FOLDER --weights FILE`. A row that has finished
-is kept under the hash of its configuration and not run again, also for other tables; stopped by Ctrl-C, the same
-command goes on. `--dry-run` prints the commands, to be run anywhere: whoever has the folders `rows/` has the table.
+is kept under the hash of its configuration and not run again, also for other tables, nor is one that the report
+already there has, made on whatever machine; stopped by Ctrl-C, the same command goes on. `--dry-run` prints the
+commands, to be run anywhere: whoever has the folders `rows/` has the table.
 """
 
 import os
@@ -54,12 +55,15 @@ def make(
 ) -> int:
     """Runs what has not finished of `plan` and writes the report, with finished ones of `others`; also when stopped.
 
+    Finished is what left a result in its folder, or stands in the report that `out` already has.
+
     Returns:
         0, 1 where a run failed, 130 where it was stopped.
     """
     results: table_report.Results = {}
+    earlier = table_report.earlier(spec, tier, out)
     for run, _, folder in [*plan, *others]:
-        if found := table_rows.result(folder):
+        if found := table_rows.result(folder) or earlier.get(folder.name):
             results[run] = found
     code = 0
     try:
@@ -67,8 +71,9 @@ def make(
             known = "kept" if run in results else "running"
             seeded = "" if run.seed is None else f", seed {run.seed}"
             print(f"{number} of {len(plan)}: {run.row}, {run.column}{seeded}: {known}, {folder}", flush=True)
-            found = results[run] = table_rows.finish(run, words, folder, environment, runner)
-            if found["exit_code"]:
+            if run not in results:
+                results[run] = table_rows.finish(run, words, folder, environment, runner)
+            if (found := results[run])["exit_code"]:
                 code = 1
                 print(f"failed with exit code {found['exit_code']}: {found['log']}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:

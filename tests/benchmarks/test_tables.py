@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from statistics import fmean
 
 import pytest
@@ -147,6 +148,22 @@ def test_seeds_of_a_tier_make_a_mean_and_a_deviation(own, tmp_path, capsys):
     capsys.readouterr()
     assert tables.main([*given, "--seed", "1"], Stub()) == 2
     assert "--seed 1: tier paper of small has seeds of its own" in capsys.readouterr().err
+
+
+def test_a_run_may_have_seeds_of_its_own(own, tmp_path):
+    own(
+        'note: Days.\n    mean: false\n    runs:\n      - {row: "3",',
+        "note: Days.\n    mean: false\n    seeds: [3, 5]\n    "
+        'runs:\n      - {row: "4", column: ours, words: [experiment=fastflow_digits]}\n      - {row: "3", seeds: [8],',
+    )
+    assert [(run.row, run.seed) for run in read("small").tier("paper").runs] == [("4", 3), ("4", 5), ("3", 8)]
+
+
+def test_runs_of_the_report_already_there_count_as_finished(own, tmp_path):
+    make(Stub(fail_at=3), code=1)
+    shutil.rmtree(tmp_path / "out" / "rows")
+    assert len(make(Stub(auroc=[0.5])).asked) == 1
+    assert [row[1] for row in report(tmp_path)[1][2:5]] == ["0.900", "0.800", "0.500"]
 
 
 def test_finished_rows_are_kept_by_their_configuration(own, tmp_path):
