@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.instance_masks import Rle
 
 SLACK = 1.0
 
@@ -24,6 +25,7 @@ class Annotations:
         classes: int64 `(m,)`.
         crowd: bool `(m,)`, boxes that no detector is trained on and that evaluation ignores.
         areas: float64 `(m,)`, in pixels, of the object (COCO: of its mask).
+        masks: objects `(m,)`, see `instance_masks.Rle`; None where they were not asked for.
     """
 
     image_ids: np.ndarray
@@ -33,6 +35,7 @@ class Annotations:
     classes: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -48,7 +51,7 @@ class Annotations:
 
     def only(self, keep: np.ndarray) -> "Annotations":
         """The same images with the boxes where `keep` `(m,)` is true."""
-        columns = ("image_of", "boxes", "classes", "crowd", "areas")
+        columns = ("image_of", "boxes", "classes", "crowd", "areas", *(["masks"] if self.masks is not None else []))
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 
 
@@ -63,6 +66,7 @@ def annotations(
     image_ids: Sequence[int],
     where: Callable[[int], str],
     place: str,
+    masks: Sequence[Rle] | None = None,
 ) -> Annotations:
     """A table of boxes in any order, checked against the sizes of their images.
 
@@ -79,6 +83,7 @@ def annotations(
         image_ids: of the images.
         where: names a box for messages.
         place: the file or folder, for warnings.
+        masks: of the boxes.
 
     Raises:
         UserError: a box that is not finite, of negative width or height, or wholly outside its image.
@@ -94,6 +99,7 @@ def annotations(
         np.asarray(classes, dtype=np.int64)[order],
         np.asarray(crowd, dtype=bool)[order],
         np.asarray(areas, dtype=np.float64)[order],
+        None if masks is None else np.array([*masks, None], dtype=object)[:-1][order],
     )
     limits = sizes[table.image_of][:, [1, 0, 1, 0]].astype(np.float64)
 
@@ -124,7 +130,8 @@ def annotations(
 def joined(parts: Sequence[Annotations]) -> Annotations:
     """Tables of several splits as one."""
     first = np.cumsum([0, *map(len, parts)])
-    columns = {name: [getattr(part, name) for part in parts] for name in Annotations.__dataclass_fields__}
+    names = [name for name in Annotations.__dataclass_fields__ if getattr(parts[0], name) is not None]
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
     columns["image_of"] = [rows + start for rows, start in zip(columns["image_of"], first)]
     return Annotations(**{name: np.concatenate(values) for name, values in columns.items()})
 

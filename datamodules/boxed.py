@@ -7,20 +7,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import ImageOps
 from torch import Tensor
 
 from penstock.datamodules.annotations import Annotations
 from penstock.datamodules.base import KindDataModule, Split, View
-from penstock.datamodules.detection_transforms import Resizing, padded, resized, transformed, without_padding
+from penstock.datamodules.detection_transforms import (
+    Resizing,
+    padded,
+    resized,
+    transformed,
+    transformed_masks,
+    without_padding,
+)
 from penstock.datamodules.image_sources import Source
 from penstock.datamodules.images import load_image
 from penstock.datamodules.pixels import Pixels
 from penstock.datamodules.sampling import BucketedBatchSampler, KeyedLoader, KeyedSampler
 from penstock.kernels.philox import Draws
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.instance_masks import decoded
 
-LISTS = ("boxes", "label")
+LISTS = ("boxes", "label", "masks")
+SIZES = ("size", "original_size")
 
 
 class BoxedStore:
@@ -47,13 +57,14 @@ class BoxedStore:
         which = np.full(len(numbers), -1) if which is None else which
         mirrored = np.zeros(len(numbers), dtype=bool) if mirrored is None else mirrored
         samples = [self._sample(*row) for row in zip(numbers.tolist(), which.tolist(), mirrored.tolist())]
-        images, boxes, labels = map(list, zip(*samples))
+        images, boxes, labels, masks = map(list, zip(*samples))
         return {
             "image": padded(images, self.pad_multiple),
             "size": torch.tensor([image.shape[1:] for image in images]),
             "original_size": torch.from_numpy(self.table.sizes[numbers]),
             "boxes": boxes,
             "label": labels,
+            **({} if self.table.masks is None else {"masks": masks}),
         }
 
     def warm(self, numbers: np.ndarray) -> None:
@@ -91,14 +102,17 @@ class BoxedStore:
             return image
         return resized(image, self.resizing.size(*image.shape[1:]))
 
-    def _sample(self, number: int, which: int, mirrored: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, number: int, which: int, mirrored: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         image = self.kept[number] if self.kept and number in self.kept else self._read(number)
         rows = self.table.rows(number)
         trained = ~self.table.crowd[rows]
         boxes = torch.from_numpy(self.table.boxes[rows][trained].astype(np.float32))
         original = tuple(self.table.sizes[number].tolist())
-        image, boxes = transformed(image, boxes, self.resizing.size(*original, which), original, mirrored)
-        return image, boxes, torch.from_numpy(self.table.classes[rows][trained])
+        size, masks = self.resizing.size(*original, which), None
+        image, boxes = transformed(image, boxes, size, original, mirrored)
+        if self.table.masks is not None:
+            masks = transformed_masks(decoded(self.table.masks[rows][trained], original), size, mirrored)
+        return image, boxes, torch.from_numpy(self.table.classes[rows][trained]), masks
 
 
 class AugmentedBatchSampler(BucketedBatchSampler):
@@ -152,9 +166,11 @@ class BoxedData(KindDataModule):
 
     - `image`: float32 `(B, 3, H, W)` in [-1, 1], 0 at the right and bottom where an image is smaller than the batch,
       whose sides are the largest ones, rounded up to a multiple of `pad_multiple`;
-    - `size`, `original_size`: int64 `(B, 2)`, height and width of the resized image and of the image itself;
+    - `size`, `original_size`: int64 `(B, 2)`, height and width of the resized image and of the image itself, which stay
+      on the CPU, where shapes are asked for;
     - `boxes`: a list of float32 `(n, 4)`, x1 y1 x2 y2 in pixels of the resized image, x2 - x1 is the width;
     - `label`: a list of int64 `(n,)`, classes of the boxes;
+    - `masks`: of data that read them, a list of uint8 `(n, h, w)` in {0, 1}, of the resized image;
     - `index`: int64 `(B,)`.
 
     Crowds are not among the boxes; `targets` has them. Training batches are in an order of (seed, epoch), the
@@ -218,6 +234,8 @@ class BoxedData(KindDataModule):
     ) -> tuple[BoxedStore, dict[str, np.ndarray]]:
         """What `build` returns; sets `shape`, that of a wide image of the largest size.
 
+        A split of images without boxes is warned of.
+
         Raises:
             UserError: no image to train on.
         """
@@ -228,6 +246,12 @@ class BoxedData(KindDataModule):
                 f"{type(self).__name__}: no training image has a box of {', '.join(self.class_names)}; expected some, "
                 "or data.keep_empty=true"
             )
+        for split in ("val", "test"):
+            if len(numbers[split]) and not table.filled()[numbers[split]].any():
+                rank_zero_warn(
+                    f"{type(self).__name__}: none of the {len(numbers[split])} {split} images has a box of "
+                    f"{', '.join(self.class_names)}; their average precision, ap, is not defined and will not be logged"
+                )
         sides = (self.resizing.sides[-1], self.resizing.longest)
         self.shape = (3, *(-(-side // self.pad_multiple) * self.pad_multiple for side in sides))
         self.num_classes = len(self.class_names)
@@ -246,7 +270,11 @@ class BoxedData(KindDataModule):
         """Name of a sample: a path without its root, one of its own for each."""
         raise NotImplementedError
 
-    def targets(self, numbers: Tensor | np.ndarray) -> list[dict[str, Tensor]]:
+    def entry(self, number: int) -> tuple[int, str]:
+        """Id and file name of an image in its annotations."""
+        return int(self.store.table.image_ids[number]), self.where(number)
+
+    def targets(self, numbers: Tensor | np.ndarray) -> list[dict[str, Any]]:
         """What evaluation compares predictions with, crowds among it.
 
         Args:
@@ -254,7 +282,8 @@ class BoxedData(KindDataModule):
 
         Returns:
             For each: `boxes` float32 `(n, 4)` x1 y1 x2 y2 in pixels of the image itself, `labels` int64 `(n,)`,
-            `iscrowd` int64 `(n,)` in {0, 1}, `area` float32 `(n,)`, `image_id` int64 `()`.
+            `iscrowd` int64 `(n,)` in {0, 1}, `area` float32 `(n,)`, `image_id` int64 `()`; of data with masks also
+            `masks`, a list of n run lengths.
         """
         table, found = self.store.table, []
         for number in torch.as_tensor(numbers).tolist():
@@ -268,6 +297,8 @@ class BoxedData(KindDataModule):
                     "image_id": torch.tensor(int(table.image_ids[number])),
                 }
             )
+            if table.masks is not None:
+                found[-1]["masks"] = list(table.masks[rows])
         return found
 
     def train_dataloader(self) -> KeyedLoader:
@@ -294,9 +325,10 @@ class BoxedData(KindDataModule):
         return _scaled(batch, self.pixels)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
-        """Moves a batch, every list of tensors in one go."""
+        """Moves a batch, every list of tensors in one go, but for sizes."""
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, **{key: _moved(moved[key], device) for key in LISTS}}
+        lists = {key: _moved(moved[key], device) for key in LISTS if key in moved}
+        return {**moved, **lists, **{key: batch[key] for key in SIZES}}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return self.finished(batch)

@@ -31,6 +31,7 @@ class Detection(BoxedData):
         flip: mirror half of the training images left to right.
         group_aspects: a training batch has wide images only, or tall ones only.
         keep_empty: train on images without boxes, too.
+        masks: read masks of the objects, too, from COCO's layout.
         trainval: train on the validation images too, as Pascal VOC's protocol has it; the set needs test images of its
             own then, and nothing is left to validate on unless `val_fraction` holds some out.
         val_fraction: part of the training images held out, in [0, 1), where the set has no validation images.
@@ -56,6 +57,7 @@ class Detection(BoxedData):
         flip: bool = True,
         group_aspects: bool = True,
         keep_empty: bool = False,
+        masks: bool = False,
         trainval: bool = False,
         val_fraction: float = 0.0,
         memory_gb: float = 4.0,
@@ -79,6 +81,7 @@ class Detection(BoxedData):
         )
         self.name, self.data_dir, self.homepage = name, data_dir, homepage
         self.classes, self.trainval, self.val_fraction = classes, trainval, val_fraction
+        self.masks = masks
 
     def build(self) -> tuple[BoxedStore, dict[str, np.ndarray]]:
         root = find_folder(self.name, self.data_dir)
@@ -88,7 +91,7 @@ class Detection(BoxedData):
                 f"data.data_dir: no folder for '{self.name}' (looked for $PENSTOCK_DATA/{self.name}); set "
                 f"data.data_dir=FOLDER or PENSTOCK_DATA to one with {EXPECTED}{got}"
             )
-        found = open_boxed(root)
+        found = open_boxed(root, self.masks)
         parts = list(found.splits.values())
         table, self.class_names, self.category_ids = (
             joined([p.table for p in parts]),
@@ -112,6 +115,7 @@ class Detection(BoxedData):
                 raise UserError(f"data.val_fraction: '{self.name}' has validation images of its own; expected 0")
             kept, held = held_out(len(numbers["train"]), self.val_fraction)
             numbers["train"], numbers["val"] = numbers["train"][kept], numbers["train"][held]
+        self._names = [name for part in parts for name in part.names]
         source = FileSource(root, [file for part in parts for file in part.files], None, [])
         store, numbers = self.furnish(table, source, numbers)
         made_of = FileSource(root, [file for part in parts for file in part.made_of], None, [])
@@ -120,9 +124,13 @@ class Detection(BoxedData):
             source.content(),
             made_of.content(),
             *numbers.values(),
-            (self.class_names, self.classes, self.resizing, self.pad_multiple, self.pixels),
+            (self.class_names, self.classes, self.resizing, self.pad_multiple, self.pixels, *(["masks"] * self.masks)),
         )
         return store, numbers
+
+    def entry(self, number: int) -> tuple[int, str]:
+        """Id and file name of an image in its annotations; VOC's are numbered in the order of their split."""
+        return super().entry(number)[0], self._names[number]
 
     def where(self, number: int) -> str:
         """Path of an image from the folder of the data."""

@@ -21,6 +21,7 @@ from PIL import Image
 from penstock.datamodules.annotations import Annotations, annotations, inside
 from penstock.datamodules.image_sources import SPLIT_NAMES, named
 from penstock.lightning_modules.errors import UserError, did_you_mean
+from penstock.lightning_modules.instance_masks import Rle, run_lengths
 
 INSTANCES = re.compile(r"instances_([a-z]+)(\d*)\.json")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".JPG", ".JPEG", ".PNG")
@@ -33,9 +34,10 @@ KINDS = {int: "an integer", str: "a text", list: "a list", float: "a number", di
 
 @dataclass(frozen=True)
 class BoxedSplit:
-    """Images of one split with their boxes; `made_of` are the files of annotations."""
+    """Images of one split, their names in the annotations, their boxes; `made_of` are the files of annotations."""
 
     files: list[Path]
+    names: list[str]
     table: Annotations
     made_of: list[Path]
 
@@ -49,16 +51,20 @@ class BoxedSet:
     category_ids: list[int]
 
 
-def open_boxed(root: Path) -> BoxedSet:
-    """A set in any of the layouts.
+def open_boxed(root: Path, masks: bool = False) -> BoxedSet:
+    """A set in any of the layouts, with masks of the objects where they are asked for.
 
     Raises:
-        UserError: no known layout, no training split, a split without images, or anything wrong with a file of
-            annotations: it, the entry and what was expected are named.
+        UserError: no known layout, masks of one that has none, no training split, a split without images, or anything
+            wrong with a file of annotations: it, the entry and what was expected are named.
     """
     if is_coco(root):
-        return open_coco(root)
+        return open_coco(root, masks)
     if is_voc(root):
+        if masks:
+            raise UserError(
+                f"data.masks: found true, but {root} is laid out as VOC, without masks; expected COCO's layout"
+            )
         return open_voc(root)
     below = (p for pattern in ("*", "*/*") for p in sorted(root.glob(pattern)) if p.is_dir())
     nested = next((p for p in below if is_coco(p) or is_voc(p)), None)
@@ -81,8 +87,8 @@ def is_voc(folder: Path) -> bool:
     return (folder / "ImageSets" / "Main").is_dir() and (folder / "Annotations").is_dir()
 
 
-def open_coco(root: Path) -> BoxedSet:
-    """COCO's layout. Classes are numbered by ascending id; all splits must have the same."""
+def open_coco(root: Path, masks: bool = False) -> BoxedSet:
+    """COCO's layout, perhaps with masks. Classes are numbered by ascending id; all splits must have the same."""
     found: dict[str, tuple[BoxedSplit, dict[int, str]]] = {}
     for split, names in SPLIT_NAMES.items():
         matches = [m for p in (root / "annotations").iterdir() if (m := INSTANCES.fullmatch(p.name))]
@@ -91,7 +97,7 @@ def open_coco(root: Path) -> BoxedSet:
             here = [m for m in years if _images_of(root, m)]
             if not here:
                 raise UserError(f"{root / years[-1][0][10:-5]}: no folder; expected the images of {years[-1][0]} there")
-            found[split] = _coco_split(root / "annotations" / here[-1][0], _images_of(root, here[-1]))
+            found[split] = _coco_split(root / "annotations" / here[-1][0], _images_of(root, here[-1]), masks)
     if "train" not in found:
         names = ", ".join(sorted(p.name for p in (root / "annotations").glob("instances_*.json")))
         raise UserError(f"{root / 'annotations'}: no training split; found {names}, expected instances_train.json")
@@ -123,12 +129,13 @@ def _images_of(root: Path, match: re.Match) -> Path | None:
     return next((p for p in (root / name, root / "images" / name) if p.is_dir()), None)
 
 
-def _coco_split(file: Path, folder: Path) -> tuple[BoxedSplit, dict[int, str]]:
+def _coco_split(file: Path, folder: Path, masks: bool) -> tuple[BoxedSplit, dict[int, str]]:
     content = _load_json(file)
     categories = _categories(content["categories"], file)
     numbers, files, sizes = _coco_images(content["images"], file, folder)
     place_of, class_of = {key: row for row, key in enumerate(numbers)}, {key: k for k, key in enumerate(categories)}
     rows: list[tuple] = []
+    shapes: list[Rle] = []
     for n, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation {entry.get('id', n) if isinstance(entry, dict) else n}"
         image, category = _field(entry, "image_id", int, where), _field(entry, "category_id", int, where)
@@ -145,13 +152,16 @@ def _coco_split(file: Path, folder: Path) -> tuple[BoxedSplit, dict[int, str]]:
         rows.append(
             (place_of[image], (x, y, x + width, y + height), class_of[category], bool(entry.get("iscrowd", 0)), area)
         )
+        if masks:
+            shapes.append(run_lengths(entry.get("segmentation"), *sizes[place_of[image]], where))
     entries = content["annotations"]
 
     def where_of(row: int) -> str:
         return f"{file}: annotation {entries[row].get('id', row)}, a box in {files[rows[row][0]].name}"
 
-    table = _table(sizes, rows, image_ids=numbers, where=where_of, place=str(file))
-    return BoxedSplit(files, table, [file]), categories
+    more = {"masks": shapes} if masks else {}
+    table = _table(sizes, rows, image_ids=numbers, where=where_of, place=str(file), **more)
+    return BoxedSplit(files, [entry["file_name"] for entry in content["images"]], table, [file]), categories
 
 
 def _load_json(file: Path) -> dict[str, list]:
@@ -223,10 +233,16 @@ def _field(entry: Any, key: str, kind: type, where: str) -> Any:
 
 
 def _table(
-    sizes: list[tuple[int, int]], rows: list[tuple], *, image_ids: list[int], where: Callable[[int], str], place: str
+    sizes: list[tuple[int, int]],
+    rows: list[tuple],
+    *,
+    image_ids: list[int],
+    where: Callable[[int], str],
+    place: str,
+    masks: list[Rle] | None = None,
 ) -> Annotations:
     columns = list(zip(*rows)) or [()] * 5
-    return annotations(sizes, *columns, image_ids=image_ids, where=where, place=place)
+    return annotations(sizes, *columns, image_ids=image_ids, where=where, place=place, masks=masks)
 
 
 def open_voc(root: Path) -> BoxedSet:
@@ -254,12 +270,18 @@ def open_voc(root: Path) -> BoxedSet:
 
 
 def _voc_images(root: Path, file: Path) -> list[tuple[Path, Path]]:
-    """Annotations and image of every name in a list; none where nothing in it has annotations."""
+    """Annotations and image of every name in a list; none where nothing in it has annotations.
+
+    Raises:
+        UserError: no name, one that is there twice, or an image or its annotations that are not there.
+    """
     stems = [
         inside(line.split()[0], f"{file}: line {n}")
         for n, line in enumerate(file.read_text().splitlines(), 1)
         if line.strip()
     ]
+    if not stems:
+        raise UserError(f"{file}: no images; expected at least one, or no file for a split that is not there")
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None) if len(set(stems)) < len(stems) else None:
         raise UserError(f"{file}: '{twice}' is there twice; expected each image once")
     xmls = [root / "Annotations" / f"{stem}.xml" for stem in stems]
@@ -315,4 +337,5 @@ def _voc_split(
         where=lambda row: f"{xml_of[row]}: a box",
         place=f"{root / 'Annotations'} ({split})",
     )
-    return BoxedSplit([image for _, image in pairs], table, [xml for xml, _ in pairs])
+    images = [image for _, image in pairs]
+    return BoxedSplit(images, [image.name for image in images], table, [xml for xml, _ in pairs])

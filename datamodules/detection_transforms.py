@@ -67,6 +67,12 @@ def transformed(
     return image, found.as_subclass(Tensor)
 
 
+def transformed_masks(masks: Tensor, size: tuple[int, int], mirrored: bool) -> Tensor:
+    """uint8 `(n, H, W)` at another size (height, width), nearest pixels, perhaps mirrored left to right."""
+    found = v2.resize(tv_tensors.Mask(masks), list(size))
+    return (v2.horizontal_flip(found) if mirrored else found).as_subclass(Tensor)
+
+
 def padded(images: Sequence[Tensor], multiple: int) -> Tensor:
     """Images `(3, h, w)` of any sizes as one `(B, 3, H, W)`, zero at the right and bottom of the smaller ones.
 
@@ -82,6 +88,7 @@ def padded(images: Sequence[Tensor], multiple: int) -> Tensor:
 def without_padding(image: Tensor, size: Tensor) -> Tensor:
     """Float `(B, 1, H, W)`: 1 where a padded batch `(B, 3, H, W)` has pixels of images of `size` `(B, 2)`, else 0."""
     rows, columns = (
-        (torch.arange(side, device=image.device) < own[:, None]).float() for side, own in zip(image.shape[2:], size.T)
+        (torch.arange(side, device=image.device) < own[:, None]).float()
+        for side, own in zip(image.shape[2:], size.T.to(image.device, non_blocking=True))
     )
     return (rows[:, :, None] * columns[:, None, :])[:, None]

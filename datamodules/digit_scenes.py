@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -11,6 +12,7 @@ from penstock.datamodules.annotations import annotations
 from penstock.datamodules.base import fingerprint, held_out
 from penstock.datamodules.boxed import BoxedData, BoxedStore
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.instance_masks import Rle, encoded
 
 OCTAVES = ((8, 11), (16, 22), (32, 44))
 MOST, EMPTY, TRIES = 8, 0.05, 40
@@ -21,11 +23,15 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture uint8 `(S, S, 3)` with boxes `[(x1, y1, x2, y2)]` and `digits`, their numbers."""
+    """A picture uint8 `(S, S, 3)` with boxes `[(x1, y1, x2, y2)]` and `digits`, their numbers.
+
+    `mask`, uint8 `(S, S)`, is 0 where there is no ink, else the place of its digit in `digits`, from 1.
+    """
 
     picture: np.ndarray
     boxes: list[tuple[int, int, int, int]]
     digits: list[int]
+    mask: np.ndarray
 
 
 def draw_scene(rng: np.random.Generator, images: np.ndarray, choices: np.ndarray, side: int) -> Scene:
@@ -42,6 +48,7 @@ def draw_scene(rng: np.random.Generator, images: np.ndarray, choices: np.ndarray
         side: of the scene in pixels.
     """
     canvas, boxes, digits = background(rng, side), [], []
+    mask = np.zeros((side, side), dtype=np.uint8)
     count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     for octave in np.sort(rng.integers(len(OCTAVES), size=count))[::-1]:
         digit = int(rng.choice(choices))
@@ -54,8 +61,9 @@ def draw_scene(rng: np.random.Generator, images: np.ndarray, choices: np.ndarray
                 lay(canvas[y : y + height, x : x + width], ink, rng)
                 boxes.append(box)
                 digits.append(digit)
+                mask[y : y + height, x : x + width][ink > 0] = len(digits)
                 break
-    return Scene((canvas * 255).round().astype(np.uint8), boxes, digits)
+    return Scene((canvas * 255).round().astype(np.uint8), boxes, digits, mask)
 
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:
@@ -141,6 +149,7 @@ class DigitScenes(BoxedData):
         scenes: for training; validation and test have a quarter of so many each.
         image_size: side of the scenes, at least 64.
         keep_empty: train on scenes without digits, too.
+        masks: the ink of every digit as its mask, too.
         batch_size: global training batch.
         eval_batch_size: global batch of evaluation; `None` = `batch_size`.
         num_workers: worker processes a rank; the set lies in memory, 0 is fastest.
@@ -155,6 +164,7 @@ class DigitScenes(BoxedData):
         scenes: int = 800,
         image_size: int = 128,
         keep_empty: bool = False,
+        masks: bool = False,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -176,7 +186,7 @@ class DigitScenes(BoxedData):
             num_workers=num_workers,
             seed=seed,
         )
-        self.counts, self.side = (scenes, scenes // 4, scenes // 4), image_size
+        self.counts, self.side, self.masks = (scenes, scenes // 4, scenes // 4), image_size, masks
 
     def build(self) -> tuple[BoxedStore, dict[str, np.ndarray]]:
         images, labels = load_digits(return_X_y=True)
@@ -197,18 +207,25 @@ class DigitScenes(BoxedData):
             image_ids=np.concatenate([np.arange(1, count + 1) for count in self.counts]),
             where=str,
             place="digit scenes",
+            masks=[rle for scene in scenes for rle in _inks(scene)] if self.masks else None,
         )
         self.class_names, self.category_ids = [str(n) for n in range(10)], list(range(10))
         edges = np.cumsum([0, *self.counts])
         numbers = {split: np.arange(a, b) for split, a, b in zip(SPLITS, edges, edges[1:])}
         source = DrawnSource(np.stack([scene.picture for scene in scenes]))
-        self.fingerprint = fingerprint("digit_scenes", source.content(), table.boxes, self.counts, self.keep_empty)
+        kept = (source.content(), table.boxes, self.counts, self.keep_empty)
+        self.fingerprint = fingerprint("digit_scenes", *kept, *(["masks"] * self.masks))
         return self.furnish(table, source, numbers)
 
     def where(self, number: int) -> str:
         """Split and number of a scene, `test/00012`."""
         split = int(np.searchsorted(np.cumsum(self.counts), number, side="right"))
         return f"{SPLITS[split]}/{number - sum(self.counts[:split]) + 1:05d}"
+
+
+def _inks(scene: Scene) -> list[Rle]:
+    """Of every digit what is seen of its ink."""
+    return encoded(torch.from_numpy(scene.mask == np.arange(1, len(scene.digits) + 1)[:, None, None]))
 
 
 def shares(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

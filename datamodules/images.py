@@ -81,8 +81,7 @@ class ImageStore:
         Raises:
             UserError: unreadable, truncated, not 8 bits, other channels, another size; the image is named.
         """
-        which = int(np.searchsorted(self.first, number, side="right")) - 1
-        source, row = self.sources[which], int(number - self.first[which])
+        source, row = self.place(number)
         image = self.load(source, row)
         channels, height, width = self.shape
         check_depth(image, source.where(row))
@@ -102,6 +101,11 @@ class ImageStore:
                 )
             image = self.resized(image)
         return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+    def place(self, number: int) -> tuple[Source, int]:
+        """Source and row of an image."""
+        which = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self.sources[which], int(number - self.first[which])
 
     def load(self, source: Source, row: int) -> Image.Image:
         """One image, read to its end, of any size and mode."""

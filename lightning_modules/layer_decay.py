@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
+
+from penstock.lightning_modules.nets.piip.vit import TransformerBranch
 
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -59,3 +62,26 @@ def apply_scales(optimizer: Optimizer) -> Optimizer:
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_scale")
     return optimizer
+
+
+def layer_optimizers(
+    module: LightningModule, place: str, rate: float, outside: float = 1.0, decay_vectors: bool = True
+) -> Any:
+    """The module's optimiser of all that trains, in groups of learning rates, with its scheduler by steps.
+
+    Args:
+        module: Has a pyramid.
+        place: Name of the pyramid in it.
+        rate: See `scaled_groups`, as of all others.
+        outside: Likewise.
+        decay_vectors: Likewise.
+    """
+    branches = [
+        (f"{place}.branches.{i}.", branch.depth if isinstance(branch, TransformerBranch) else 0)
+        for i, branch in enumerate(module.get_submodule(place).branches)
+    ]
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    optimizer = apply_scales(module.optimizer(scaled_groups(trained, branches, rate, outside, decay_vectors)))
+    if module.scheduler is None:
+        return optimizer
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": module.scheduler(optimizer), "interval": "step"}}

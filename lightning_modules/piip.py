@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.layer_decay import apply_scales, scaled_groups
+from penstock.lightning_modules.layer_decay import layer_optimizers
 from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
 from penstock.lightning_modules.nets.piip.costs import Costs, costs
-from penstock.lightning_modules.nets.piip.vit import TransformerBranch
 from penstock.lightning_modules.training import log_mean
 
 
@@ -59,7 +58,8 @@ class Piip(LightningModule):
         self.net, self.optimizer, self.scheduler, self.smoothing = net, optimizer, scheduler, smoothing
         self.outside_lr, self.layer_decay = outside_lr, layer_decay
         kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
-        mixers = [kind(alpha=alpha, num_classes=net.num_classes) for kind, alpha in kinds.items() if alpha]
+        with torch.device("cpu"):  # their laws, also where the weights are on the meta device
+            mixers = [kind(alpha=alpha, num_classes=net.num_classes) for kind, alpha in kinds.items() if alpha]
         self.mixing = v2.RandomChoice(mixers) if mixers else None
         self.classes: list[str] = []
         self.initial: str | None = ", ".join(branch.weights for branch in net.pyramid.branches)
@@ -78,7 +78,7 @@ class Piip(LightningModule):
         data, (side, _) = self.trainer.datamodule, self.image_size
         if tuple(data.shape[1:]) != (side, side):
             found = "x".join(map(str, data.shape[1:]))
-            raise UserError(f"image_size: found images of {found} pixels, expected {side}x{side}, the finest branch's")
+            raise UserError(f"image_size: found images of {found} pixels, expected {side}x{side}, the pyramid's")
         if stage == "predict":
             return
         if data.num_classes != self.net.num_classes:
@@ -89,7 +89,7 @@ class Piip(LightningModule):
     @property
     def image_size(self) -> tuple[int, int]:
         """What pictures of a folder are resized to."""
-        side = self.net.pyramid.branches[-1].size
+        side = self.net.pyramid.size
         return side, side
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -137,13 +137,4 @@ class Piip(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with its scheduler by steps, of groups of learning rates where these differ."""
-        branches = [
-            (f"net.pyramid.branches.{i}.", branch.depth if isinstance(branch, TransformerBranch) else 0)
-            for i, branch in enumerate(self.net.pyramid.branches)
-        ]
-        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        groups = scaled_groups(trained, branches, self.layer_decay, self.outside_lr)
-        optimizer = apply_scales(self.optimizer(groups))
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return layer_optimizers(self, "net.pyramid", self.layer_decay, self.outside_lr)

@@ -97,3 +97,35 @@ class WarmupSteps(LRScheduler):
         else:
             factor = self.factor ** sum(n >= step for step in self.at)
         return [base * factor for base in self.base_lrs]
+
+
+class WarmupPolynomial(LRScheduler):
+    """Down to 0 along a power, with a linear warm-up, as segmenters are trained (arXiv 1606.00915 section 4.1.3).
+
+    In update n: (1 - n / total)^power, before `warmup` also times start + (1 - start) n / warmup; all times the base.
+
+    Args:
+        optimizer: its learning rates are the base.
+        total: updates until 0 is reached.
+        warmup: updates of the warm-up.
+        power: 1 is a straight line.
+        start: first factor of the warm-up, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, total: int, warmup: int = 0, power: float = 1.0, start: float = 1e-6):
+        if not 0 <= warmup < total:
+            raise UserError(f"model.scheduler.total: found {total} with warmup={warmup}, expected 0 <= warmup < total")
+        if power <= 0:
+            raise UserError(f"model.scheduler.power: found {power}, expected a number above 0")
+        if not 0 <= start <= 1:
+            raise UserError(f"model.scheduler.start: found {start}, expected a number in [0, 1]")
+        self.total, self.warmup, self.power, self.start = total, warmup, power, start
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rates of the next update, one for each parameter group."""
+        n = self.last_epoch
+        factor = max(1 - n / self.total, 0.0) ** self.power
+        if n < self.warmup:
+            factor *= self.start + (1 - self.start) * n / self.warmup
+        return [base * factor for base in self.base_lrs]

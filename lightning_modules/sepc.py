@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.pasting import pasted
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.exporting_detector import exportable_detector
@@ -114,7 +115,8 @@ class Sepc(LightningModule):
     def _targets(self, batch: dict[str, Any]) -> tuple[list[Objects], list[list[int]]]:
         """Objects of the images, and the images' sizes with their own padding."""
         multiple = self.pad_multiple
-        objects = [Objects(boxes, labels) for boxes, labels in zip(batch["boxes"], batch["label"])]
+        columns = [batch[name] for name in ("boxes", "label", "masks") if name in batch]
+        objects = [Objects(*one) for one in zip(*columns)]
         return objects, (-(-batch["size"] // multiple) * multiple).tolist()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -157,7 +159,8 @@ class Sepc(LightningModule):
             raise UserError("model: its classes are not known; expected ckpt_path=FILE of a trained detector")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`.
+        """`index` `(B,)` and lists of `boxes` `(n, 4)` in original pixels, `scores` and `labels` `(n,)`; of detectors
+        that segment also `masks`, lists of n run lengths.
 
         A batch without `size` is of pictures as they are.
         """
@@ -171,9 +174,9 @@ class Sepc(LightningModule):
         size = original if self.resizing is None else self.resizing.size(*original)
         pixels = ((image + 1) * 127.5).round().to(torch.uint8)
         small = torch.stack([resized(one, size) for one in pixels]).to(image.dtype) / 127.5 - 1
-        sizes = torch.tensor([size, original], device=image.device).unsqueeze(1).expand(-1, len(image), -1)
+        sizes = torch.tensor([size, original]).unsqueeze(1).expand(-1, len(image), -1)
         found = {"image": padded(list(small), self.pad_multiple), "size": sizes[0]}
-        return {**batch, **found, "original_size": batch.get("original_size", sizes[1])}
+        return {**batch, **found, "original_size": batch.get("original_size", sizes[1]).cpu()}
 
     def exportable(
         self, image_size: tuple[int, int] | None = None
@@ -199,10 +202,14 @@ def _check_names(found: Sequence[str], trained: Sequence[tuple[str, int]]) -> No
 def _sizes(batch: dict[str, Any]) -> tuple[list[list[int]], Tensor]:
     """Height and width of the images without padding, and what makes boxes in their pixels those of the originals."""
     size = batch["size"].to(torch.float32)
-    return batch["size"].tolist(), (size / batch["original_size"]).flip(1).repeat(1, 2)
+    scales = (size / batch["original_size"]).flip(1).repeat(1, 2)
+    return batch["size"].tolist(), scales.to(batch["image"].device, non_blocking=True)
 
 
 def _columns(batch: dict[str, Any], found: list[Found]) -> dict[str, Any]:
     """What steps return."""
     columns = {name: [getattr(one, name) for one in found] for name in ("boxes", "scores", "labels")}
+    if found and found[0].masks is not None:
+        sizes = batch["original_size"].tolist()
+        columns["masks"] = [pasted(one.masks, one.boxes, size) for one, size in zip(found, sizes)]
     return {"index": batch["index"], **columns}

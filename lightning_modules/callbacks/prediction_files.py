@@ -22,14 +22,24 @@ def picture_name(file: str) -> str:
     return file if suffix == ".png" and not stem.lower().endswith(IMG_EXTENSIONS) else f"{file}.png"
 
 
-def save_picture(folder: Path, file: str, picture: Tensor) -> None:
-    """Writes a picture, uint8 `(H, W, 3)` or `(H, W)`, of an image file below a folder, see `picture_name`."""
+def save_picture(folder: Path, file: str, picture: Tensor, palette: bytes | None = None) -> None:
+    """Writes a picture, uint8 `(H, W, 3)` or `(H, W)`, of an image file below a folder, see `picture_name`.
+
+    Args:
+        folder: Of the pictures.
+        file: Of the image.
+        picture: Its pixels; with a palette their numbers in it.
+        palette: R, G and B of the numbers, one after the other.
+    """
     place = folder / picture_name(file)
     place.parent.mkdir(parents=True, exist_ok=True)
     notes = PngImagePlugin.PngInfo()
     for key, value in MARK.items():
         notes.add_text(key, value)
-    Image.fromarray(picture.contiguous().numpy()).save(place, pnginfo=notes)
+    image = Image.fromarray(picture.contiguous().numpy())
+    if palette is not None:
+        image.putpalette(palette)
+    image.save(place, pnginfo=notes)
 
 
 def clear(folder: Path, files: Iterable[str], tops: Iterable[str]) -> None:

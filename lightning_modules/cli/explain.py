@@ -3,9 +3,11 @@
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from penstock.lightning_modules.cli.compose import SUGAR
+from penstock.lightning_modules.cli.conf import groups, options
 from penstock.lightning_modules.errors import did_you_mean
 
 TOP = ("model", "data", "trainer", "seed_everything", "ckpt_path", "weights_only", "callbacks", "logger")
@@ -32,6 +34,34 @@ def first_complaint(error: BaseException) -> str:
     return found.group(1) if found else text
 
 
+def with_whole_key(complaint: str, config: dict[str, Any]) -> str:
+    """What a class said of one of its keys, as in `neck.layers: found 0`, with the key as the command line has it.
+
+    Args:
+        complaint: Of a class that was refused.
+        config: Of the run.
+
+    Returns:
+        `model.net.neck.layers: found 0`, or `configuration: <complaint>` where no key or several end so.
+    """
+    key, colon, rest = complaint.partition(": ")
+    if colon and re.fullmatch(r"\w+(\.\w+)+", key):
+        found = [whole for whole in _keys(config) if f".{whole}".endswith(f".{key}")]
+        if len(found) == 1:
+            return f"{found[0]}: {rest}"
+    return f"configuration: {complaint}"
+
+
+def _keys(node: Any, place: str = "") -> Iterator[str]:
+    """Keys of a configuration, whatever is at them, without `init_args`."""
+    node = node._asdict() if hasattr(node, "_asdict") else node
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        whole = place if name == "init_args" else f"{place}.{name}".lstrip(".")
+        if name != "init_args":
+            yield whole
+        yield from _keys(value, whole)
+
+
 def _parameters(class_path: str) -> list[str]:
     target = _lookup(class_path)
     names: list[str] = []
@@ -51,7 +81,7 @@ def _lookup(class_path: str) -> Any:
 
 
 def _unknown_option(match: re.Match, classes: list[str], text: str, place: str) -> str:
-    name = match.group(1)
+    name = match.group(1).replace(".init_args.", ".")
     owner = classes[-1] if classes else None
     if owner is None and (used := re.findall(r"class_path='([^']+)'", text[match.start() :])):
         owner = used[0]
@@ -61,7 +91,11 @@ def _unknown_option(match: re.Match, classes: list[str], text: str, place: str) 
         return f"option '{name}' is not accepted{did_you_mean(name, TOP)}"
     names = [*_parameters(owner), *(key.removeprefix(f"{place}.") for key in SUGAR if place == key.rpartition(".")[0])]
     short = owner.rpartition(".")[2]
-    return f"option '{name}' is not accepted{did_you_mean(name, names)}; {short} takes {', '.join(names)}"
+    first = name.partition(".")[0]
+    part = (
+        f", leave it out with {first}=null" if first not in names and first in groups() else did_you_mean(name, names)
+    )
+    return f"option '{name}' is not accepted{part}; {short} takes {', '.join(names)}"
 
 
 def _unknown_key(match: re.Match, classes: list[str], text: str, place: str) -> str:
@@ -88,7 +122,20 @@ def _no_subclass(match: re.Match, classes: list[str], text: str, place: str) -> 
 
 
 def _required(match: re.Match, classes: list[str], text: str, place: str) -> str:
-    return f"'{match.group(1)}' is required" + (f" by {classes[-1].rpartition('.')[2]}" if classes else "")
+    names = match.group(1).split(", ")
+    by = f" by {classes[-1].rpartition('.')[2]}" if classes else ""
+    is_ = "is" if len(names) == 1 else "are"
+    return f"{', '.join(repr(name) for name in names)} {is_} required{by}{_choices(*names)}"
+
+
+def _abstract(match: re.Match, classes: list[str], text: str, place: str) -> str:
+    return f"no class_path, found keys of one only{_choices(place.rpartition('.')[2])}"
+
+
+def _choices(*names: str) -> str:
+    """The choices of keys that are groups."""
+    found = [f"{name}={' or '.join(options(name))}" for name in names if name in groups()]
+    return f"; expected {', '.join(found)}" if found else ""
 
 
 def _protocol(match: re.Match, classes: list[str], text: str, place: str) -> str:
@@ -124,7 +171,8 @@ _COMPLAINTS = (
     (r"module '([^']+)' has no attribute '([^']+)'", _no_attribute),
     (r"No module named '([^']+)'", _no_module),
     (r"Import path (\S+) does not correspond to a subclass of (\w+)", _no_subclass),
-    (r"following arguments are required: (\S+)", _required),
+    (r"following arguments are required: (\w+(?:, \w+)*)", _required),
     (r"Expected an instantiatable class, but (\S+) is a protocol", _protocol),
+    (r"Expected an instantiatable class, but \S+ is abstract", _abstract),
     (r"Expected an? ", _wrong_type),
 )

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
-from penstock.lightning_modules.cli.explain import explain, first_complaint
+from penstock.lightning_modules.cli.explain import explain, first_complaint, with_whole_key
 from penstock.lightning_modules.cli.run_lock import claim, release
 from penstock.lightning_modules.errors import UserError
 
@@ -118,7 +118,7 @@ class Lab(LightningCLI):
         try:
             super().instantiate_classes()
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise UserError(f"configuration: {first_complaint(error)}") from error
+            raise UserError(with_whole_key(first_complaint(error), self.config[self.verb].as_dict())) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").get("plugins") or []

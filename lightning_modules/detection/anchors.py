@@ -64,13 +64,7 @@ class Anchors:
 
     def inside(self, sizes: Sizes, padded: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
         """Which anchors `(sum H_l * W_l * A,)` belong to a cell of an image padded to (height, width)."""
-        found = []
-        for stride, (height, width) in zip(self.strides, sizes):
-            y, x = (
-                torch.arange(n, device=device) * stride < end for n, end in ((height, padded[0]), (width, padded[1]))
-            )
-            found.append((y[:, None] & x[None]).flatten().repeat_interleave(self.per_cell))
-        return torch.cat(found)
+        return _inside(self, tuple(sizes), tuple(padded), torch.device(device))
 
     def __hash__(self) -> int:
         return hash((self.strides, self.scales, self.ratios, self.legacy))
@@ -85,3 +79,12 @@ def _grid(anchors: Anchors, stride: int, size: tuple[int, int], device: torch.de
     y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
     shifts = torch.stack([x, y, x, y], -1).view(-1, 1, 4)
     return (shifts + anchors.base(stride)).view(-1, 4).to(device)
+
+
+@lru_cache(maxsize=64)
+def _inside(anchors: Anchors, sizes: Sizes, padded: tuple[int, int], device: torch.device) -> Tensor:
+    found = []
+    for stride, (height, width) in zip(anchors.strides, sizes):
+        y, x = (torch.arange(n, device=device) * stride < end for n, end in ((height, padded[0]), (width, padded[1])))
+        found.append((y[:, None] & x[None]).flatten().repeat_interleave(anchors.per_cell))
+    return torch.cat(found)

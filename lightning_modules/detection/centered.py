@@ -12,6 +12,7 @@ from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, centers, iou
 from penstock.lightning_modules.detection.coding import Deltas, Distances
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, rows_of, sizes_of
+from penstock.lightning_modules.detection.ranges import above_zero, at_least, fractions
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -48,9 +49,13 @@ class ByDistance(Assign):
     Args:
         radius: Of the middle, strides.
         largest: Distance to a side that a level is made for at most, strides; the level before ends at half of it.
+
+    Raises:
+        UserError: one of them is not above 0.
     """
 
     def __init__(self, radius: float = 1.5, largest: float = 8.0):
+        above_zero(assign__radius=radius, assign__largest=largest)
         self.radius, self.largest = radius, largest
 
     def __call__(self, priors: Sequence[Tensor], boxes: Tensor) -> Tensor:
@@ -77,9 +82,13 @@ class ByStatistics(Assign):
 
     Args:
         nearest: Anchors of each level that are looked at.
+
+    Raises:
+        UserError: none.
     """
 
     def __init__(self, nearest: int = 9):
+        at_least(1, assign__nearest=nearest)
         self.nearest = nearest
 
     def __call__(self, priors: Sequence[Tensor], boxes: Tensor) -> Tensor:
@@ -127,6 +136,8 @@ class Centered(Host):
         selection: Selection = COCO,
     ):
         super().__init__(num_classes, anchors, coding, selection)
+        fractions(host__alpha=alpha)
+        at_least(0, host__gamma=gamma, host__box_weight=box_weight)
         self.assign, self.box_weight, self.alpha, self.gamma = assign, box_weight, alpha, gamma
 
     def losses(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from penstock.lightning_modules.detection.boxes import centers, clipped, sides
+from penstock.lightning_modules.errors import UserError
 
 LARGEST = abs(math.log(16 / 1000))  # of the logarithm of a side's ratio
 
@@ -16,25 +17,34 @@ class Deltas:
     Args:
         stds: Of dx, dy, dw, dh.
         extent: Of the boxes.
+
+    Raises:
+        UserError: deviations that are not above 0.
     """
 
     def __init__(self, stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0), extent: float = 0.0):
+        if not all(std > 0 for std in stds):
+            raise UserError(f"coding.stds: found {list(stds)}, expected four numbers above 0")
         self.stds, self.extent = stds, extent
 
     def encode(self, priors: Tensor, boxes: Tensor) -> Tensor:
         """`(..., 4)` of boxes `(..., 4)` at priors `(..., 4)`."""
         prior, side = sides(priors, self.extent), sides(boxes, self.extent)
         found = torch.cat([(centers(boxes) - centers(priors)) / prior, (side / prior).log()], -1)
-        return found / found.new_tensor(self.stds)
+        return found / self._as(found)
 
     def decode(self, priors: Tensor, deltas: Tensor, size: tuple[float, float] | None = None) -> Tensor:
         """Boxes `(..., 4)`, cut at the border of an image of (height, width) where it is given."""
-        deltas = deltas * deltas.new_tensor(self.stds)
+        deltas = deltas * self._as(deltas)
         prior = sides(priors, self.extent)
         center = centers(priors) + deltas[..., :2] * prior
         half = (prior * deltas[..., 2:].clamp(-LARGEST, LARGEST).exp() - self.extent) / 2
         found = torch.cat([center - half, center + half], -1)
         return found if size is None else clipped(found, size, self.extent)
+
+    def _as(self, deltas: Tensor) -> Tensor:
+        """The deviations in type and place of some deltas, which nobody waits for."""
+        return torch.tensor(self.stds, dtype=deltas.dtype).to(deltas.device, non_blocking=True)
 
 
 class Distances:

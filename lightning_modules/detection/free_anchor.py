@@ -10,6 +10,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.boxes import iou
 from penstock.lightning_modules.detection.coding import Deltas
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs
+from penstock.lightning_modules.detection.ranges import at_least, fractions
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 
@@ -49,6 +50,9 @@ class FreeAnchor(Host):
         selection: Selection = COCO,
     ):
         super().__init__(num_classes, anchors, coding, selection)
+        at_least(1, host__bag=bag)
+        fractions(host__overlap=overlap, host__alpha=alpha)
+        at_least(0, host__gamma=gamma, host__beta=beta, host__weight=weight)
         self.bag, self.overlap, self.alpha, self.gamma = bag, overlap, alpha, gamma
         self.beta, self.weight = beta, weight
 

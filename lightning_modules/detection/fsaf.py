@@ -12,6 +12,7 @@ from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, intersection, sides
 from penstock.lightning_modules.detection.coding import Distances
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, sizes_of
+from penstock.lightning_modules.detection.ranges import above_zero, at_least, fractions
 from penstock.lightning_modules.detection.selection import COCO, Selection
 
 NEVER = 1e6  # loss of an object on a level without cells of it
@@ -95,6 +96,9 @@ class Fsaf(Host):
         selection: Selection = COCO,
     ):
         super().__init__(num_classes, anchors, coding, selection)
+        above_zero(host__factor=factor)
+        fractions(host__factor=factor, host__alpha=alpha)
+        at_least(0, host__gamma=gamma)
         self.factor, self.alpha, self.gamma, self.official = factor, alpha, gamma, official
 
     def losses(

@@ -1,5 +1,6 @@
 """What all dense detectors have: boxes at the cells of maps, coded relative to priors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.coding import Deltas, Distances
+from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.detection.selection import COCO, Found, Selection
 from penstock.lightning_modules.errors import UserError
 
@@ -28,10 +30,11 @@ class Outputs(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """Boxes `(n, 4)` and classes `(n,)` of an image."""
+    """Boxes `(n, 4)`, classes `(n,)` and, of data that have them, masks uint8 `(n, h, w)` of an image."""
 
     boxes: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
 
 class Matched(NamedTuple):
@@ -53,13 +56,13 @@ def matched(owners: Tensor, objects: Sequence[Objects]) -> Matched:
         objects: Of every image.
     """
     image, prior = (owners >= 0).nonzero(as_tuple=True)
-    first = torch.tensor([0, *(len(one.boxes) for one in objects)], device=owners.device).cumsum(0)
+    first = torch.tensor([0, *(len(one.boxes) for one in objects)]).cumsum(0).to(owners.device, non_blocking=True)
     number = first[image] + owners[image, prior]
-    boxes, labels = (torch.cat(parts) for parts in zip(*objects))
+    boxes, labels = (torch.cat([getattr(one, name) for one in objects]) for name in ("boxes", "labels"))
     return Matched(image, prior, number, boxes[number], labels[number])
 
 
-class Host:
+class Host(ABC):
     """A dense detector's losses and boxes, made of a head's maps.
 
     Args:
@@ -70,10 +73,10 @@ class Host:
 
     Attributes:
         positive: Whether codes are distances: a head that makes them ends in a ReLU, and starts at 1.
-        quality: Whether a head also says how well boxes fit; scores are then `sqrt(p * quality)`.
+        quality: Whether a head also says how well boxes fit; scores of boxes are then `sqrt(p * quality)`.
 
     Raises:
-        UserError: anchors and coding of two pixel conventions.
+        UserError: anchors and coding of two pixel conventions, or a number out of range, here as of all hosts.
     """
 
     quality = False
@@ -81,12 +84,14 @@ class Host:
     def __init__(
         self, num_classes: int, anchors: Anchors, coding: Deltas | Distances, selection: Selection = COCO
     ) -> None:
+        at_least(1, num_classes=num_classes)
         if coding.extent != anchors.extent:
             found = f"coding.extent={coding.extent:g} with anchors.legacy={str(anchors.legacy).lower()}"
             raise UserError(f"host: found {found}, expected extent=1 and legacy=true, or 0 and false")
         self.num_classes, self.anchors, self.coding, self.selection = num_classes, anchors, coding, selection
         self.positive = isinstance(coding, Distances)
 
+    @abstractmethod
     def losses(
         self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
@@ -97,7 +102,6 @@ class Host:
             objects: Of every image.
             padded: (height, width) of the images with their own padding: no prior lies in what a batch adds.
         """
-        raise NotImplementedError
 
     def priors(self, maps: Maps) -> list[Tensor]:
         """`(n_l, 4)` of every level."""
@@ -127,10 +131,9 @@ class Host:
             scales: What boxes are divided by, `(B, 4)`.
         """
         scores = [y.sigmoid() for y in rows_of(outputs.logits, self.num_classes)]
-        if outputs.quality is not None:
-            scores = [(p * q.sigmoid()).sqrt() for p, q in zip(scores, rows_of(outputs.quality, 1))]
+        fits = None if outputs.quality is None else [y.sigmoid() for y in rows_of(outputs.quality, 1)]
         codes, priors = rows_of(outputs.codes, 4), self.priors(outputs.logits)
-        return self.selection(scores, codes, priors, self.coding.decode, sizes, scales, self.anchors.extent)
+        return self.selection(scores, codes, priors, self.coding.decode, sizes, scales, self.anchors.extent, fits)
 
 
 def rows_of(maps: Maps, width: int) -> list[Tensor]:

@@ -11,7 +11,9 @@ from penstock.lightning_modules.detection.anchors import Anchors, Sizes
 from penstock.lightning_modules.detection.assignment import NEGATIVE, RETINA, Thresholds, by_overlap
 from penstock.lightning_modules.detection.coding import Deltas
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs, matched, sizes_of
+from penstock.lightning_modules.detection.ranges import at_least, fractions
 from penstock.lightning_modules.detection.selection import COCO, Selection
+from penstock.lightning_modules.errors import UserError
 
 
 class Retina(Host):
@@ -40,6 +42,12 @@ class Retina(Host):
         selection: Selection = COCO,
     ):
         super().__init__(num_classes, anchors, coding, selection)
+        fractions(limits__positive=limits.positive, limits__negative=limits.negative, host__alpha=alpha)
+        at_least(0, host__gamma=gamma, host__beta=beta)
+        if limits.positive < limits.negative:
+            raise UserError(
+                f"limits.positive: found {limits.positive:g}, expected at least limits.negative={limits.negative:g}"
+            )
         self.limits, self.alpha, self.gamma, self.beta = limits, alpha, gamma, beta
 
     def losses(

@@ -14,6 +14,7 @@ from penstock.lightning_modules.errors import UserError, did_you_mean
 from penstock.lightning_modules.nets.batch_norm_folding import folded
 from penstock.lightning_modules.timm_weights import complaint, read_weights
 
+KEY = "model.net.backbone.weights"
 AT_ONCE = 4  # images on the CPU: maps of more leave the cache
 
 
@@ -101,14 +102,14 @@ class Backbone(nn.Module):
             return
         overlay = {}
         if self.weights != "hub":
-            overlay = {"pretrained_cfg_overlay": {"state_dict": read_weights(self.weights, "backbone", self.model)}}
+            overlay = {"pretrained_cfg_overlay": {"state_dict": read_weights(self.weights, KEY, self.model)}}
         try:
             full = self._create(pretrained=True, **overlay)
         except RuntimeError as error:
             if not overlay:
                 raise self._no_hub(error) from error
             path = Path(self.weights).expanduser()
-            raise UserError(f"backbone.weights: {path} does not fit timm's {self.model}: {complaint(error)}") from error
+            raise UserError(f"{KEY}: {path} does not fit timm's {self.model}: {complaint(error)}") from error
         except (OSError, ValueError) as error:
             raise self._no_hub(error) from error
         self.net.load_state_dict(self._pruned(full).state_dict())
@@ -116,8 +117,8 @@ class Backbone(nn.Module):
 
     def _no_hub(self, error: Exception) -> UserError:
         return UserError(
-            f"backbone.weights: the weights of timm's {self.model} cannot be downloaded ({type(error).__name__}); put "
-            "the file anywhere and give its path as backbone.weights"
+            f"{KEY}: found hub, from which timm's {self.model} cannot be downloaded ({type(error).__name__}); expected "
+            f"{KEY}=FILE with its state dict, or {KEY}=random"
         )
 
     def _other_size(self, found: tuple[int, int]) -> UserError:

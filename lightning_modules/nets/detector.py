@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from penstock.lightning_modules.detection.host import Host, Objects, Outputs
+from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
-from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
+from penstock.lightning_modules.nets.map_backbone import MapBackbone
 
 Neck = Callable[[int], nn.Module]
 PRIOR = 0.01  # probability of a class that an untrained head gives
 
 
-def check_strides(name: str, found: Sequence[int], backbone: TrainedBackbone) -> None:
+def check_strides(name: str, found: Sequence[int], backbone: MapBackbone) -> None:
     """Refuses levels whose cells are not those of a backbone's maps and, beyond these, twice as large each time.
 
     Raises:
@@ -27,9 +28,7 @@ def check_strides(name: str, found: Sequence[int], backbone: TrainedBackbone) ->
     while len(expected) < len(found):
         expected.append(2 * expected[-1])
     if list(found) != expected:
-        raise UserError(
-            f"{name}: found {list(found)}, expected {expected}, of maps {backbone.layers} of {backbone.model}"
-        )
+        raise UserError(f"{name}: found {list(found)}, expected {expected}, of {backbone.about}")
 
 
 class Towers(nn.Module):
@@ -41,12 +40,13 @@ class Towers(nn.Module):
         groups: Of a group norm behind each convolution, as FCOS and ATSS have it; none without.
 
     Raises:
-        UserError: the groups do not divide the channels.
+        UserError: no layer, or groups that do not divide the channels.
     """
 
     def __init__(self, channels: int = 256, layers: int = 4, groups: int | None = None):
         super().__init__()
-        if groups and channels % groups:
+        at_least(1, neck__layers=layers)
+        if groups is not None and (groups < 1 or channels % groups):
             raise UserError(f"neck.groups: found {groups}, expected a divisor of the {channels} channels")
         self.cls_convs, self.reg_convs = (
             nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)) for _ in range(2)
@@ -135,7 +135,7 @@ class BoxNetwork(nn.Module):
         origin: Of weights of another program, if they are.
     """
 
-    backbone: TrainedBackbone
+    backbone: MapBackbone
     num_classes: int
     origin: Origin | None = None
 
@@ -181,11 +181,12 @@ class Detector(BoxNetwork):
         channels: Of the pyramid.
 
     Raises:
-        UserError: levels of other strides.
+        UserError: levels of other strides, or no channels.
     """
 
-    def __init__(self, backbone: TrainedBackbone, neck: Neck, host: Host, channels: int = 256):
+    def __init__(self, backbone: MapBackbone, neck: Neck, host: Host, channels: int = 256):
         super().__init__()
+        at_least(1, net__channels=channels)
         self.backbone, self.neck, self.host = backbone, neck(channels), host
         check_strides("host.anchors.strides", host.anchors.strides, backbone)
         coarse = len(host.anchors.strides) - len(backbone.channels)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from penstock.lightning_modules.detection.host import rows_of, sizes_of
+from penstock.lightning_modules.detection.selection import weighed
 from penstock.lightning_modules.nets.batch_norm_folding import folded
 from penstock.lightning_modules.nets.detector import Detector
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConvNeck
@@ -51,39 +52,39 @@ class ExportedDetector(nn.Module):
             size: Height and width of the pictures in it, int64 `(B, 2)`.
             original_size: Of the pictures whose pixels boxes are given in, int64 `(B, 2)`.
         """
-        scores, boxes = self.candidates(image)
+        scores, values, boxes = self.candidates(image)
         limit, original = (x.to(boxes.dtype).flip(1).repeat(1, 2) for x in (size, original_size))
-        found = [self._chosen(*one) for one in zip(scores, boxes, limit, limit / original)]
+        found = [self._chosen(*one) for one in zip(scores, values, boxes, limit, limit / original)]
         return tuple(torch.stack(parts) for parts in zip(*found))
 
-    def candidates(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores `(B, n, K)` and boxes `(B, n, 4)` in pixels of the images of the best cells of each level."""
+    def candidates(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities and scores `(B, n, K)`, and boxes `(B, n, 4)` in pixels, of the best cells of each level."""
         outputs = self.head(self.neck(self.pyramid(self.backbone(image))))
         kept = []
         for level, (logits, code) in enumerate(
             zip(rows_of(outputs.logits, self.num_classes), rows_of(outputs.codes, 4))
         ):
             score, prior = logits.sigmoid(), self.get_buffer(f"priors{level}")
-            if outputs.quality is not None:
-                score = (score * rows_of([outputs.quality[level]], 1)[0].sigmoid()).sqrt()
-            best = score.amax(2).topk(min(self.selection.per_level, score.shape[1]), 1).indices
+            fits = None if outputs.quality is None else [rows_of([outputs.quality[level]], 1)[0].sigmoid()]
+            (value,) = weighed([score], fits)
+            best = value.amax(2).topk(min(self.selection.per_level, value.shape[1]), 1).indices
             each = best.unsqueeze(2)
-            code = code.gather(1, each.expand(-1, -1, 4))
-            kept.append((score.gather(1, each.expand(-1, -1, score.shape[2])), self.coding.decode(prior[best], code)))
-        scores, boxes = (torch.cat(parts, 1) for parts in zip(*kept))
-        return scores, boxes
+            wide, code = each.expand(-1, -1, score.shape[2]), code.gather(1, each.expand(-1, -1, 4))
+            kept.append((score.gather(1, wide), value.gather(1, wide), self.coding.decode(prior[best], code)))
+        return tuple(torch.cat(parts, 1) for parts in zip(*kept))
 
-    def _chosen(self, score: Tensor, boxes: Tensor, limit: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    def _chosen(self, score: Tensor, value: Tensor, boxes: Tensor, limit: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """What `forward` gives, of one image.
 
         Args:
-            score: `(n, K)`.
+            score: Probabilities `(n, K)`, which the threshold is on.
+            value: Scores `(n, K)`.
             boxes: `(n, 4)`.
             limit: The picture's width and height, twice `(4,)`.
             scale: What boxes are divided by at the end, `(4,)`.
         """
         most, (cell, label) = self.selection.most, (score > self.selection.score).nonzero().unbind(1)
-        boxes, values = boxes.clamp(min=0).minimum(limit - self.extent)[cell], score[cell, label]
+        boxes, values = boxes.clamp(min=0).minimum(limit - self.extent)[cell], value[cell, label]
         # rows that are none, two classes of their own: torchvision exports a suppression that keeps two at least
         boxes = torch.cat([boxes, boxes.new_zeros(2, 4)])
         values = torch.cat([values, values.new_zeros(2)])

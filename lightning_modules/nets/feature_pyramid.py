@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
+from penstock.lightning_modules.detection.ranges import at_least
+
 
 class CoarseLevels(ExtraFPNBlock):
     """Levels made of the backbone's last map, each by a 3x3 convolution of stride 2 on the one before, no activation.
@@ -39,10 +41,14 @@ class FeaturePyramid(nn.Module):
         channels: Of every level.
         coarse: Levels beyond the backbone's, made of its last map.
         pooled: In their place one of every other cell of the last level, as two-stage detectors have.
+
+    Raises:
+        UserError: no channels.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256, coarse: int = 2, pooled: bool = False):
         super().__init__()
+        at_least(1, net__channels=channels)
         extra = LastLevelMaxPool() if pooled else CoarseLevels(in_channels[-1], channels, coarse) if coarse else None
         self.fpn = FeaturePyramidNetwork(list(in_channels), channels, extra)
         self.channels, self.levels = channels, len(in_channels) + (1 if pooled else coarse)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.deformable import deformed
 
@@ -53,6 +54,8 @@ class ScaleEqualizingConv(nn.Conv2d):
 def integrated(norm: nn.BatchNorm2d, pyramid: Pyramid) -> list[Tensor]:
     """Integrated batch norm (section 2.3): one mean and one variance of all positions of all levels.
 
+    Maps in channels-last memory stay so.
+
     Args:
         norm: Of C channels; in training mode, its running statistics move once; else it is the same for every map.
         pyramid: Maps `(B, C, H_l, W_l)`.
@@ -60,6 +63,11 @@ def integrated(norm: nn.BatchNorm2d, pyramid: Pyramid) -> list[Tensor]:
     if not norm.training:
         return [norm(x) for x in pyramid]
     sizes = [x.shape[-2:] for x in pyramid]
+    if not pyramid[0].is_contiguous() and pyramid[0].is_contiguous(memory_format=torch.channels_last):
+        rows = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in pyramid], 1)
+        rows = norm(rows.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        parts = rows.split([h * w for h, w in sizes], 1)
+        return [part.unflatten(1, size).permute(0, 3, 1, 2) for part, size in zip(parts, sizes)]
     flat = norm(torch.cat([x.flatten(2) for x in pyramid], 2).unsqueeze(-1)).squeeze(-1)
     parts = flat.split([h * w for h, w in sizes], 2)
     return [part.unflatten(2, size) for part, size in zip(parts, sizes)]
@@ -117,6 +125,9 @@ class PyramidConvNeck(nn.Module):
         ibn: With integrated batch norm after every layer.
         lcconv_padding: Of the last convolutions; the released weights were trained with 0, which takes a row and a
             column off every side of every map.
+
+    Raises:
+        UserError: no layer, or another padding.
     """
 
     def __init__(
@@ -130,7 +141,8 @@ class PyramidConvNeck(nn.Module):
     ):
         super().__init__()
         if lcconv_padding not in (0, 1):
-            raise UserError(f"lcconv_padding: found {lcconv_padding}, expected 1, or 0 for the released weights")
+            raise UserError(f"neck.lcconv_padding: found {lcconv_padding}, expected 1, or 0 for the released weights")
+        at_least(1, neck__layers=layers)
         self.Pconvs = nn.ModuleList(PyramidConv(channels, pconv_deform, ibn) for _ in range(layers))
         self.lconv = ScaleEqualizingConv(channels, 1, lcconv_padding, lcconv_deform)
         self.cconv = ScaleEqualizingConv(channels, 1, lcconv_padding, lcconv_deform)
@@ -148,7 +160,8 @@ class PyramidConvNeck(nn.Module):
         smallest = min(min(x.shape[-2:]) for x in pyramid)
         if not self.cconv.padding[0] and smallest < 3:
             raise UserError(
-                f"lcconv_padding: found 0 with a map of {smallest} cells a side, expected 1, or larger images (3 cells)"
+                f"model.net.neck.lcconv_padding: found 0 with a map of {smallest} cells a side, expected 1, or larger "
+                "images (3 cells)"
             )
         found = []
         for conv, norm in ((self.cconv, self.cbn), (self.lconv, self.lbn)):

@@ -11,15 +11,16 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.nets.detector import BoxNetwork, check_strides
-from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
+from penstock.lightning_modules.nets.map_backbone import MapBackbone
 
 
 class Levels(nn.Module):
     """Maps `(B, channels, H_l, W_l)` by name, P3 to P7, the last two of P5, as torchvision makes them."""
 
-    def __init__(self, backbone: TrainedBackbone, channels: int):
+    def __init__(self, backbone: MapBackbone, channels: int):
         super().__init__()
         self.backbone, self.out_channels = backbone, channels
         self.fpn = FeaturePyramidNetwork(backbone.channels, channels, LastLevelP6P7(channels, channels))
@@ -45,11 +46,12 @@ class TorchvisionRetinaNet(BoxNetwork):
         channels: Of the pyramid.
 
     Raises:
-        UserError: anchors of other strides.
+        UserError: anchors of other strides, or a number out of range.
     """
 
-    def __init__(self, backbone: TrainedBackbone, num_classes: int, anchors: Anchors, channels: int = 256):
+    def __init__(self, backbone: MapBackbone, num_classes: int, anchors: Anchors, channels: int = 256):
         super().__init__()
+        at_least(1, net__channels=channels, num_classes=num_classes)
         check_strides("anchors.strides", anchors.strides, backbone)
         self.num_classes = num_classes
         sides = tuple(tuple(int(stride * scale) for scale in anchors.scales) for stride in anchors.strides)
@@ -62,7 +64,7 @@ class TorchvisionRetinaNet(BoxNetwork):
         self.net.transform = AsGiven(1, 1, [0.0] * 3, [1.0] * 3)  # the backbone normalises
 
     @property
-    def backbone(self) -> TrainedBackbone:
+    def backbone(self) -> MapBackbone:
         return self.net.backbone.backbone
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

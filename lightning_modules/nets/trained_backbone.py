@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.backbone import Backbone
+from penstock.lightning_modules.nets.map_backbone import MapBackbone
 
 
-class TrainedBackbone(Backbone):
+class TrainedBackbone(Backbone, MapBackbone):
     """`Backbone` that trains from a stage on.
 
     With `norm_eval` it stays in evaluation mode, so that running statistics do not move; else what trains takes the
@@ -52,6 +53,10 @@ class TrainedBackbone(Backbone):
         for module in trained:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
+
+    @property
+    def about(self) -> str:
+        return f"maps {list(self.layers)} of {self.model}"
 
     def train(self, mode: bool = True) -> "TrainedBackbone":
         super().train(mode)

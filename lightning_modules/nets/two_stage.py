@@ -12,11 +12,13 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
-from penstock.lightning_modules.nets.detector import BoxNetwork, check_strides
+from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
+from penstock.lightning_modules.nets.map_backbone import MapBackbone
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
-from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 
+LEVELS = 4
 RATIOS = (0.5, 1.0, 2.0)
 WINDOW = 7  # cells of a side of what is seen of a proposal
 
@@ -34,7 +36,7 @@ class Levels(nn.Module):
         deformable: Scale-equalizing.
     """
 
-    def __init__(self, backbone: TrainedBackbone, channels: int, layers: int, ibn: bool, deformable: bool):
+    def __init__(self, backbone: MapBackbone, channels: int, layers: int, ibn: bool, deformable: bool):
         super().__init__()
         self.backbone, self.out_channels = backbone, channels
         self.pyramid = FeaturePyramid(backbone.channels, channels, coarse=0, pooled=True)
@@ -51,7 +53,7 @@ class TwoStageDetector(BoxNetwork):
     """Images `(B, 3, H, W)` in [-1, 1] to boxes, by proposals.
 
     Args:
-        backbone: With maps of strides 4, 8, 16 and 32.
+        backbone: With four maps, of strides 4, 8, 16 and 32 on photographs.
         num_classes: K.
         channels: Of the pyramid.
         layers: Of pyramid convolutions; 0 is the plain detector.
@@ -59,6 +61,8 @@ class TwoStageDetector(BoxNetwork):
         deformable: Scale-equalizing.
         anchor: Side of an anchor over the stride of its level.
         hidden: Width of the boxes' head.
+        samples: Proposals of an image that the boxes' head is trained on; that of proposals has half as many.
+        proposals: Best ones of an image in training and in evaluation, which the head makes boxes of.
 
     Raises:
         UserError: maps of other strides.
@@ -66,7 +70,7 @@ class TwoStageDetector(BoxNetwork):
 
     def __init__(
         self,
-        backbone: TrainedBackbone,
+        backbone: MapBackbone,
         num_classes: int,
         channels: int = 256,
         layers: int = 4,
@@ -74,22 +78,33 @@ class TwoStageDetector(BoxNetwork):
         deformable: bool = False,
         anchor: int = 8,
         hidden: int = 1024,
+        samples: int = 512,
+        proposals: tuple[int, int] = (2000, 1000),
     ):
         super().__init__()
         self.num_classes = num_classes
-        check_strides("backbone.layers: strides", [4, 8, 16, 32], backbone)
+        finest = backbone.strides[0]
+        if list(backbone.strides) != [finest * 2**level for level in range(LEVELS)]:
+            raise UserError(
+                f"backbone.layers: found strides {list(backbone.strides)} of {backbone.about}, expected four maps, the "
+                "cells of each twice as large as before, such as [4, 8, 16, 32]"
+            )
         levels = Levels(backbone, channels, layers, ibn, deformable)
-        strides = [4 * 2**level for level in range(levels.pyramid.levels)]
+        strides = [finest * 2**level for level in range(levels.pyramid.levels)]
         self.net = FasterRCNN(
             levels,
             rpn_anchor_generator=AnchorGenerator(tuple((anchor * s,) for s in strides), (RATIOS,) * len(strides)),
             box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(strides) - 1)], WINDOW, 2),
             box_head=TwoMLPHead(channels * WINDOW**2, hidden),
             box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
+            rpn_batch_size_per_image=samples // 2,
+            rpn_post_nms_top_n_train=proposals[0],
+            rpn_post_nms_top_n_test=proposals[1],
+            box_batch_size_per_image=samples,
         )
 
     @property
-    def backbone(self) -> TrainedBackbone:
+    def backbone(self) -> MapBackbone:
         return self.net.backbone.backbone
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -98,14 +113,21 @@ class TwoStageDetector(BoxNetwork):
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Losses of proposals and of boxes, scalars by name."""
-        targets = [{"boxes": one.boxes, "labels": one.labels + 1} for one in objects]
-        _, losses = self._run(image, padded, targets)
+        _, losses = self._run(image, padded, [self._target(one) for one in objects])
         return {name.removeprefix("loss_"): value for name, value in losses.items()}
 
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
         """Boxes of every image, see `BoxNetwork`."""
         found, _ = self._run(image, sizes, None)
-        return [Found(one["boxes"] / scale, one["scores"], one["labels"] - 1) for one, scale in zip(found, scales)]
+        return [self._found(one, scale) for one, scale in zip(found, scales)]
+
+    def _target(self, one: Objects) -> dict[str, Tensor]:
+        """Objects as torchvision takes them."""
+        return {"boxes": one.boxes, "labels": one.labels + 1}
+
+    def _found(self, one: dict[str, Tensor], scale: Tensor) -> Found:
+        """Boxes that torchvision gives."""
+        return Found(one["boxes"] / scale, one["scores"], one["labels"] - 1)
 
     def _run(self, image: Tensor, sizes: Sequence[Sequence[int]], targets: list[dict[str, Tensor]] | None) -> tuple:
         images = ImageList(image, [tuple(size) for size in sizes])

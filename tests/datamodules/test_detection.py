@@ -108,6 +108,8 @@ def test_lists_move_with_the_batch(tmp_path):
     for key in ("boxes", "label"):
         assert [(part.shape, part.dtype) for part in moved[key]] == [(part.shape, part.dtype) for part in batch[key]]
         assert all(part.is_meta for part in moved[key])
+    for key in ("size", "original_size"):  # shapes are asked for without waiting for a device
+        assert torch.equal(moved[key], batch[key])
     assert same(data.transfer_batch_to_device(batch, torch.device("cpu"), 0), batch)
 
 

@@ -279,8 +279,34 @@ def test_voc_trees(tmp_path):
         voc(tmp_path)
     (tmp_path / "JPEGImages" / "2007_000002.jpg").unlink()
     refused(r"/train\.txt: no file .*/JPEGImages/2007_000002\.jpg; expected every image", tmp_path)
+    voc(tmp_path)
+    for split in ("val", "train"):
+        write("\n", lists / f"{split}.txt")
+        refused(
+            rf"/{split}\.txt: no images; expected at least one, or no file for a split that is not there$", tmp_path
+        )
+    voc(tmp_path)
     (lists / "train.txt").unlink()
     refused(r"/ImageSets/Main: no training images; found test\.txt, val\.txt, expected names in train\.txt$", tmp_path)
+
+
+def test_splits_without_boxes(tmp_path, recwarn):
+    """Crowds are none. Said once for each split, and not of a split that is not there."""
+    coco(tmp_path, (("train", 6), ("val", 3), ("test", 2)))
+    for split in ("val", "test"):
+        content, write_back = edit(tmp_path, split)
+        content["annotations"] = [{**row, "iscrowd": 1} for row in content["annotations"]] if split == "val" else []
+        write_back()
+    Detection("mine", str(tmp_path), batch_size=2).setup()
+    said = [str(one.message) for one in recwarn if "average precision" in str(one.message)]
+    assert said == [
+        f"Detection: none of the {n} {split} images has a box of cat, dog, toothbrush; their average precision, ap, is "
+        "not defined and will not be logged"
+        for n, split in ((3, "val"), (2, "test"))
+    ]
+    recwarn.clear()
+    Detection("mine", str(coco(tmp_path / "b", (("train", 6),))), batch_size=2).setup()
+    assert not any("average precision" in str(one.message) for one in recwarn)
 
 
 def test_the_command_line_says_it_and_ends_with_2(tmp_path, monkeypatch, capsys):

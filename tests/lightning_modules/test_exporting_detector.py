@@ -24,6 +24,9 @@ from penstock.lightning_modules.nets.pyramid_conv import PyramidConvNeck
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 from penstock.lightning_modules.nets.two_stage import TwoStageDetector
 from penstock.lightning_modules.sepc import Sepc
+from penstock.lightning_modules.weights.sepc import pretrained
+from tests.official_sepc import backbone as plain
+from tests.official_sepc import official, small, write
 
 SIZE = (96, 128)  # of the input
 NAMES = ["image", "size", "original_size"]
@@ -65,15 +68,22 @@ def detector(host_name: str, neck_name: str) -> Sepc:
     for name, buffer in net.neck.named_buffers():
         if buffer.ndim:
             buffer.copy_(torch.rand_like(buffer) + 0.5 if "var" in name else 0.2 * torch.randn_like(buffer))
-    model, outputs = Sepc(net, torch.optim.Adam).eval(), net.eval()(2 * pictures()[0]["image"] - 1)
-    for conv, maps, spread, middle in (
+    model = Sepc(spread(net.eval(), pictures()[0]["image"]), torch.optim.Adam).eval()
+    model.classes, model.resizing, model.pad_multiple = [("a", 7), ("b", 3), ("c", 5)], Resizing((90,), 128), 32
+    return model
+
+
+@torch.no_grad()
+def spread(net: Detector, image: Tensor) -> Detector:
+    """The net with a head that finds many boxes in an image, none as sure as another."""
+    outputs = net(2 * image - 1)
+    for conv, maps, width, middle in (
         (net.head.cls, outputs.logits, 1.5, -1.0),
         (net.head.reg, outputs.codes, 0.4, 2.0 if net.head.positive else 0.0),
     ):
-        conv.weight *= spread / torch.cat([y.flatten() for y in maps]).std()
+        conv.weight *= width / torch.cat([y.flatten() for y in maps]).std()
         conv.bias.normal_(middle, 0.1)
-    model.classes, model.resizing, model.pad_multiple = [("a", 7), ("b", 3), ("c", 5)], Resizing((90,), 128), 32
-    return model
+    return net
 
 
 def pictures() -> list[dict[str, Tensor]]:
@@ -137,9 +147,11 @@ def test_the_module_gives_the_same(name):
     assert min(counts) > 5
 
 
-def file_of(model: Sepc, folder: Path, kind: str, batch: int = 1) -> Callable[..., Sequence[Tensor]]:
+def file_of(
+    model: Sepc, folder: Path, kind: str, batch: int = 1, size: tuple[int, int] | None = None
+) -> Callable[..., Sequence[Tensor]]:
     """What an exported file computes."""
-    module, example, outputs, _ = model.exportable()
+    module, example, outputs, _ = model.exportable(size)
     file = folder / "model.pt2"
     exported(module, example, outputs, kind, file, batch)
     if kind == "torch":
@@ -171,6 +183,22 @@ def test_files_of_two_images_and_of_no_box(tmp_path, kind):
     assert first > second + 0.5
     counts = check(file_of(model, tmp_path, kind, batch=2)(*both.values()), model, both)
     assert counts[0] > 0 == counts[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sepc_lite", "onnx"), ("towers", "torch")])
+def test_files_of_official_weights(tmp_path, name, kind):
+    """With their pixel convention, and the border that their last convolutions take off the maps."""
+    net = pretrained(write(tmp_path / "official.pth", official(small(name))), plain()).eval()
+    assert net.host.anchors.legacy
+    net.host.selection = SOME["selection"]
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 24, generator=generator), (288, 320), mode="bicubic")
+    sizes = {"size": torch.tensor([[280, 320]]), "original_size": torch.tensor([[560, 640]])}
+    given = {"image": image.clamp(0, 1), **sizes}
+    given["image"][..., 280:, :] = 0.5
+    model = Sepc(spread(net, given["image"]), torch.optim.Adam).eval()
+    (count,) = check(file_of(model, tmp_path, kind, size=(288, 320))(*given.values()), model, given)
+    assert count > 5
 
 
 def test_what_cannot_be_exported_says_why():

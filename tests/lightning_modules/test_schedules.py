@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine, WarmupSteps
+from penstock.lightning_modules.schedules import LinearWarmup, WarmupCosine, WarmupPolynomial, WarmupSteps
 
 
 def rates(build, steps):
@@ -48,6 +48,33 @@ def test_cosine_with_warmup():
 def test_steps_with_warmup():
     found = [a for a, _ in rates(lambda o: WarmupSteps(o, at=[5, 7], factor=0.1, warmup=3, start=0.4), 9)]
     assert found == pytest.approx([0.4, 0.6, 0.8, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_polynomial_with_warmup_against_torch(power):
+    library = torch.optim.lr_scheduler
+
+    def chained(optimizer):
+        rise = library.LinearLR(optimizer, start_factor=0.1, total_iters=3)
+        return library.ChainedScheduler([rise, library.PolynomialLR(optimizer, total_iters=10, power=power)])
+
+    found = rates(lambda o: WarmupPolynomial(o, total=10, warmup=3, power=power, start=0.1), 12)
+    assert found[0] == pytest.approx([0.1, 0.01])
+    assert found == [pytest.approx(row) for row in rates(chained, 12)]
+    assert found[10:] == [[0, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total": 5, "warmup": 5}, "model.scheduler.total"),
+        ({"total": 5, "power": 0}, "model.scheduler.power"),
+        ({"total": 5, "start": 2}, "model.scheduler.start"),
+    ],
+)
+def test_polynomials_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        rates(lambda o: WarmupPolynomial(o, **options), 1)
 
 
 @pytest.mark.parametrize(

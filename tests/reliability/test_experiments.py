@@ -18,6 +18,7 @@ from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
 from tests.anomaly_trees import btad, mvtec, visa
+from tests.mask_trees import mask_tree
 
 EXPERIMENTS = list(options("experiment"))
 VARIANTS = ("boss_cifar10_16", "boss_cifar10_distill", "boss_cifar10_uniform_reflow", "boss_digits_uniform_reflow")
@@ -111,6 +112,30 @@ def small_boxes(data, own):
     return [*words, "model.net.hidden=16"] if own["net"]["class_path"].endswith("TwoStageDetector") else words
 
 
+def small_masks(data, folder):
+    """Words that make a segmenter small; data that are not embedded are made in a folder."""
+    words = ["model.net.channels=8", "model.net.auxiliary_channels=8", "data.batch_size=4"]
+    if data["class_path"].endswith("DigitMasks"):
+        return [*words, "data.scenes=16", "image_size=64", "callbacks.cost.runs=1"]
+    words += [f"data.data_dir={mask_tree(folder, classes=150)}", "shape=[3,64,64]", "data.num_workers=0"]
+    words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny_128", "perf=default", "callbacks.cost=null"]
+    words += ["model.window=64", "model.stride=48", "trainer.val_check_interval=1", "trainer.sync_batchnorm=false"]
+    return words
+
+
+def small_questions(data, folder):
+    """Words that make PIIP-LLaVA small; conversations that are not embedded are made in a folder of pictures."""
+    pytest.importorskip("transformers", reason="transformers is not installed (extra llava)")
+    words = ["data.batch_size=4", "data.eval_batch_size=4", "teacher=null", "model.new_tokens=2"]
+    if data["class_path"].endswith("DigitQuestions"):
+        return [*words, "data.pictures=32"]
+    turns = [{"from": "human", "value": "<image> What digit is shown?"}, {"from": "gpt", "value": "seven"}]
+    rows = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(16)]
+    (folder / "list.json").write_text(json.dumps(rows))
+    words += ["net=piip_llava_tiny", "image_size=64", f"data.data_dir={folder}", "data.file=list.json", "data.images=."]
+    return [*words, "data.num_workers=0", "data.val_fraction=0.25", "perf=default", "strategy=auto"]
+
+
 def small(name, images, defects):
     """Words that make the experiment `name` small; its data come from a folder where they are not embedded."""
     tree = compose([f"experiment={name}"])[0]
@@ -123,10 +148,14 @@ def small(name, images, defects):
     if "stable_diffusion" in net or net.endswith("weights.twinflow.pretrained"):
         made = "test_twinflow_recipes.py" if "twinflow" in net else "test_stable_diffusion.py"
         pytest.skip(f"needs a folder of diffusers: tests/lightning_modules/weights/{made} makes one")
+    if tree["model"]["class_path"].endswith("PiipLlava"):
+        return small_questions(data, images)
     if tree["model"]["class_path"].endswith("piip.Piip"):
         return ["data.pictures=32", "data.batch_size=8", "callbacks.cost.runs=1"]
     if tree["model"]["class_path"].endswith("sepc.Sepc"):
         return small_boxes(data, own)
+    if net.endswith("upernet.SegmentationNet"):
+        return small_masks(data, images.parent / "masks")
     if net.endswith("fastflow.FastFlowNet"):
         return small_anomalies(data, defects)
     if net.endswith("starflow.STARFlow"):

@@ -20,6 +20,7 @@ class PiipClassifier(nn.Module):
         unit: See `Pyramid`.
         head: `separate`, the mean of what the branches' classifiers give, or `merged`, one of their sum.
         token: See `mean_of_heads`; of separate heads.
+        size: See `Pyramid`.
 
     Raises:
         UserError: as `Pyramid`, or branches without what the head needs.
@@ -32,9 +33,10 @@ class PiipClassifier(nn.Module):
         unit: Unit | None = InteractionUnit,
         head: Literal["separate", "merged"] = "separate",
         token: Token = "class",
+        size: int | None = None,
     ):
         super().__init__()
-        self.pyramid, self.num_classes, self.token = Pyramid(branches, unit), num_classes, token
+        self.pyramid, self.num_classes, self.token = Pyramid(branches, unit, size), num_classes, token
         if head == "separate":
             for i, branch in enumerate(branches):
                 if branch.head is None or (token == "class" and branch.cls_token is None):

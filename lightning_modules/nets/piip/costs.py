@@ -5,8 +5,10 @@ from typing import NamedTuple
 from torch import nn
 
 from penstock.lightning_modules.nets.piip.cross_attention import DeformableAttention
+from penstock.lightning_modules.nets.piip.dense import MergedPyramid, PiipBackbone
 from penstock.lightning_modules.nets.piip.flops import PATCH, Part, Shape, counted, pyramid_operations
-from penstock.lightning_modules.nets.piip.pyramid import Pyramid
+from penstock.lightning_modules.nets.piip.hybrid import PiipHybridBackbone
+from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid
 from penstock.lightning_modules.nets.piip.vit import TransformerBranch
 
 PUBLISHED = {  # 1e9 operations of backbones, by (width, side of the image) from the smallest image on
@@ -22,6 +24,21 @@ PUBLISHED = {  # 1e9 operations of backbones, by (width, side of the image) from
     ((1024, 448), (768, 672), (384, 896), (192, 1344)): 755.0,
     ((1024, 448), (768, 672), (384, 1120), (192, 1568)): 861.0,
     ((1024, 448), (768, 1120), (384, 1568), (192, 1792)): 1535.0,
+    ((3200, 512), (1280, 1024)): 11080.0,
+    ((3200, 192), (1280, 512)): 1663.0,
+    ((3200, 256), (1280, 512)): 2354.0,
+    ((3200, 384), (1280, 512)): 4374.0,
+    ((3200, 512), (1280, 512)): 7308.0,
+    ((768, 1024),): 463.0,
+    ((1024, 1024),): 1542.0,
+    ((3200, 1024),): 29323.0,
+    ((1024, 448), (768, 672), (768, 1024)): 326.0,
+    ((768, 448), (384, 672), (768, 1024)): 373.0,
+    ((768, 448), (768, 672), (768, 1024)): 431.0,
+    ((1024, 448), (384, 672), (768, 1024)): 297.0,
+    ((768, 448), (768, 672), (192, 1024)): 291.0,
+    ((1024, 448), (768, 672), (192, 1024)): 231.0,
+    ((1024, 448), (384, 672), (192, 1024)): 193.0,
 }
 
 
@@ -30,12 +47,16 @@ class Costs(NamedTuple):
 
     Attributes:
         parts: By their names.
-        closed_form: Operations of branches and interactions, and of the light merging that published numbers of dense
-            models count in place of the real one; None where a branch or a unit is of another kind.
+        as_published: Operations of a dense backbone as the papers count them: with the light merging of classification
+            in the place of their own and of what follows it; of hybrids with their merging, without what follows it.
+            None of other networks.
+        closed_form: The same without norms and biases, of other networks too; None where a branch or a unit is of
+            another kind.
         published: 1e9 operations that the papers give for such branches; None where they give none.
     """
 
     parts: dict[str, Part]
+    as_published: int | None
     closed_form: int | None
     published: float | None
 
@@ -48,16 +69,30 @@ def costs(net: nn.Module, channels: int = 3) -> Costs:
         channels: Of images.
     """
     pyramid: Pyramid = net.pyramid
-    side = pyramid.branches[-1].size
+    side = pyramid.size
     names = {
         f"branch {i}, {branch.dims[-1]} channels on {branch.size} pixels": f"pyramid.branches.{i}."
         for i, branch in enumerate(pyramid.branches)
     }
     names["interactions"] = "pyramid.interactions."
-    names |= {name: f"{name}." for name, child in net.named_children() if name != "pyramid" and any(child.parameters())}
+    names |= {name: f"{name}." for name, child in net.named_children() if name != "pyramid" and [*child.parameters()]}
     found = counted(net, (side, side), list(names.values()), channels)
+    parts = {name: found[prefix] for name, prefix in names.items()}
     key = tuple((branch.dims[-1], branch.size) for branch in pyramid.branches)
-    return Costs({name: found[prefix] for name, prefix in names.items()}, _closed_form(pyramid), PUBLISHED.get(key))
+    as_published = None
+    if isinstance(net, MergedPyramid):
+        left_out = ("fpn",) if isinstance(net, PiipHybridBackbone) else ("merge", "fpn")
+        as_published = sum(part.operations for name, part in parts.items() if name not in left_out)
+    if isinstance(net, PiipBackbone):
+        as_published += _light_merge(list(pyramid.branches))
+    return Costs(parts, as_published, _closed_form(pyramid), PUBLISHED.get(key))
+
+
+def _light_merge(branches: list[Branch]) -> int:
+    """A norm of the first branch, and of all others a layer between two norms."""
+    cells, dims = ([(b.size // b.strides[-1]) ** 2 for b in branches], [b.dims[-1] for b in branches])
+    others = sum(n * (dim * dims[0] + 2 * (dim + dims[0])) for n, dim in zip(cells[1:], dims[1:]))
+    return 2 * cells[0] * dims[0] + others
 
 
 def _closed_form(pyramid: Pyramid) -> int | None:

@@ -2,33 +2,46 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from penstock.lightning_modules.nets.map_backbone import MapBackbone
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.merging import SimpleFpn, conv_merge
 from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid, Unit
 
+Colour = tuple[float, ...]
+HALVES: Colour = (0.5,)
 
-class PiipBackbone(nn.Module):
-    """Images `(B, C, H, W)` to maps of strides 4, 8, 16 and 32.
+
+class MergedPyramid(MapBackbone):
+    """What backbones of dense tasks share: images `(B, C, H, W)` in [-1, 1] to four maps.
 
     Args:
-        branches: See `Pyramid`, of stride 16 at their ends.
+        branches: See `Pyramid`.
         unit: Likewise.
+        mean: Of values in [0, 1], one or of each channel: what images are normalised by; a half leaves them in [-1, 1].
+        std: Likewise.
 
     Attributes:
         channels: Of the maps.
+        strides: Of the maps.
+        weights: Where those of the branches are.
 
     Raises:
         UserError: as `Pyramid`.
     """
 
-    def __init__(self, branches: Sequence[Branch], unit: Unit | None = InteractionUnit):
+    def __init__(self, branches: Sequence[Branch], unit: Unit | None, mean: Colour, std: Colour):
         super().__init__()
         self.pyramid = Pyramid(branches, unit)
-        dims = [branch.dims[-1] for branch in branches]
-        self.merge, self.fpn = conv_merge(dims), SimpleFpn(dims[0])
-        self.channels = [dims[0]] * 4
+        self.weights = ", ".join(branch.weights for branch in branches)
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    @property
+    def about(self) -> str:
+        return f"a pyramid of {len(self.pyramid.branches)} branches"
 
     def load(self) -> None:
         """Pretrained weights of the branches.
@@ -38,5 +51,36 @@ class PiipBackbone(nn.Module):
         """
         self.pyramid.load()
 
+    def normalised(self, image: Tensor) -> Tensor:
+        """Images as the branches see them."""
+        return torch.addcmul((0.5 - self.mean) / self.std, image, 0.5 / self.std)
+
+
+class PiipBackbone(MergedPyramid):
+    """All branches merged on the finest grid, and maps of cells a quarter, half, as large and twice as large.
+
+    Args:
+        branches: See `Pyramid`; with patches of 16 pixels maps are of strides 4, 8, 16 and 32.
+        unit: Likewise.
+        mean: See `MergedPyramid`.
+        std: Likewise.
+
+    Raises:
+        UserError: as `Pyramid`.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        unit: Unit | None = InteractionUnit,
+        mean: Colour = HALVES,
+        std: Colour = HALVES,
+    ):
+        super().__init__(branches, unit, mean, std)
+        dims = [branch.dims[-1] for branch in branches]
+        self.merge, self.fpn = conv_merge(dims), SimpleFpn(dims[0])
+        self.channels, stride = [dims[0]] * 4, branches[-1].strides[-1]
+        self.strides = [stride // 4, stride // 2, stride, 2 * stride]
+
     def forward(self, image: Tensor) -> list[Tensor]:
-        return self.fpn(self.merge(self.pyramid(image)[0]))
+        return self.fpn(self.merge(self.pyramid(self.normalised(image))[0]))

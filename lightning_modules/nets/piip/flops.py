@@ -52,7 +52,7 @@ def counted(net: nn.Module, image_size: tuple[int, int], parts: Sequence[str], c
     finally:
         for hook in hooks:
             hook.remove()
-    finest = net.pyramid.branches[-1].size
+    finest = net.pyramid.size
     for i, branch in enumerate(net.pyramid.branches):
         own = tuple(int(side * branch.size / finest) for side in image_size)
         spent[f"pyramid.branches.{i}."] += branch.attention_operations(own)

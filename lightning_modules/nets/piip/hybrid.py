@@ -6,15 +6,16 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.piip.dense import HALVES, Colour, MergedPyramid
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.merging import Resampling, hybrid_merge
-from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid, Unit
+from penstock.lightning_modules.nets.piip.pyramid import Branch, Unit
 
 STRIDES = [4, 8, 16, 32]
 
 
-class PiipHybridBackbone(nn.Module):
-    """Images `(B, C, H, W)` to maps of strides 4, 8, 16 and 32, merged each after another interaction.
+class PiipHybridBackbone(MergedPyramid):
+    """Maps that are merged each after another interaction.
 
     Where the finest branch is a ConvNeXt its own strides are those of the maps; where it is a vision transformer of
     stride 16 the maps are resampled (arXiv 2501.07783).
@@ -24,6 +25,8 @@ class PiipHybridBackbone(nn.Module):
         after: Numbers of the interactions, from 0, after which the first three maps are merged; the fourth is after
             the last.
         unit: See `Pyramid`.
+        mean: See `MergedPyramid`.
+        std: Likewise.
 
     Attributes:
         channels: Of the maps: those of the coarsest branch where they are merged.
@@ -37,9 +40,10 @@ class PiipHybridBackbone(nn.Module):
         branches: Sequence[Branch],
         after: Sequence[int] = (0, 1, 10),
         unit: Unit | None = InteractionUnit,
+        mean: Colour = HALVES,
+        std: Colour = HALVES,
     ):
-        super().__init__()
-        self.pyramid = Pyramid(branches, unit)
+        super().__init__(branches, unit, mean, std)
         last, finest = len(branches[0].dims) - 1, branches[-1]
         self.after = [*after, last]
         if self.after[0] < 0 or any(a >= b for a, b in pairwise(self.after)):
@@ -50,6 +54,7 @@ class PiipHybridBackbone(nn.Module):
                 f"after: found {list(after)}, where cells of the finest branch have {strides[:-1]} pixels, and at "
                 f"last {strides[-1]}; expected {STRIDES} or four times 16{_nearest(finest.strides)}"
             )
+        self.strides = STRIDES
         widths = [[branch.dims[k] for branch in branches] for k in self.after]
         self.channels = [dims[0] for dims in widths]
         *first, final = (hybrid_merge(dims) for dims in widths)
@@ -57,17 +62,9 @@ class PiipHybridBackbone(nn.Module):
         self.merge = final
         self.fpn = Resampling(*self.channels[:2]) if strides[0] == 16 else None
 
-    def load(self) -> None:
-        """Pretrained weights of the branches.
-
-        Raises:
-            UserError: as the branches.
-        """
-        self.pyramid.load()
-
     def forward(self, image: Tensor) -> list[Tensor]:
         merges = [*self.merges.values(), self.merge]
-        maps = [merge(states) for merge, states in zip(merges, self.pyramid(image, self.after))]
+        maps = [merge(states) for merge, states in zip(merges, self.pyramid(self.normalised(image), self.after))]
         return maps if self.fpn is None else self.fpn(maps)
 
 

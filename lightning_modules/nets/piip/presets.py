@@ -4,27 +4,34 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.beit import BeitBranch
 from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
 from penstock.lightning_modules.nets.piip.convnext import ConvNextBranch
-from penstock.lightning_modules.nets.piip.dense import PiipBackbone
+from penstock.lightning_modules.nets.piip.dense import HALVES, Colour, PiipBackbone
 from penstock.lightning_modules.nets.piip.hybrid import PiipHybridBackbone
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.intern_vit import InternVitBranch
 from penstock.lightning_modules.nets.piip.merging import Token
 from penstock.lightning_modules.nets.piip.vit import TransformerBranch, VitBranch
 
-Pretrained = Literal["deit", "deit3", "augreg", "augreg_384", "mae", "dinov2", "beitv2"]
+Pretrained = Literal["deit", "deit3", "deit3_384", "augreg", "augreg_384", "mae", "dinov2", "beitv2"]
 DEIT3 = {
     "T": "deit_tiny_patch16_224.fb_in1k",
     "S": "deit3_small_patch16_224.fb_in22k_ft_in1k",
     "B": "deit3_base_patch16_224.fb_in22k_ft_in1k",
     "L": "deit3_large_patch16_224.fb_in22k_ft_in1k",
 }
+HUGE_MODELS = {"H": "vit_huge_patch14_224.mae", "6": "InternViT-6B"}
 MODELS: dict[str, dict[str, str]] = {
     "deit": {letter: f"deit_{name}_patch16_224.fb_in1k" for letter, name in zip("TSB", ("tiny", "small", "base"))},
     "deit3": DEIT3,
+    "deit3_384": {
+        letter: f"deit3_{name}_patch16_384.fb_in22k_ft_in1k" for letter, name in zip("SBL", ("small", "base", "large"))
+    }
+    | HUGE_MODELS,
     "augreg": {
         letter: f"vit_{name}_patch16_224.augreg_in21k_ft_in1k"
         for letter, name in zip("TSBL", ("tiny", "small", "base", "large"))
@@ -33,18 +40,14 @@ MODELS: dict[str, dict[str, str]] = {
         letter: f"vit_{name}_patch16_384.augreg_in21k_ft_in1k"
         for letter, name in zip("TSBL", ("tiny", "small", "base", "large"))
     },
-    "mae": DEIT3
-    | {
-        "B": "vit_base_patch16_224.mae",
-        "L": "vit_large_patch16_224.mae",
-        "H": "vit_huge_patch14_224.mae",
-        "6": "InternViT-6B",
-    },
+    "mae": DEIT3 | HUGE_MODELS | {"B": "vit_base_patch16_224.mae", "L": "vit_large_patch16_224.mae"},
     "beitv2": DEIT3 | {"B": "beitv2_base_patch16_224.in1k_ft_in22k", "L": "beitv2_large_patch16_224.in1k_ft_in22k"},
     "dinov2": {letter: f"vit_{name}_patch14_dinov2.lvd142m" for letter, name in zip("SBL", ("small", "base", "large"))},
 }
 HYBRIDS = {f"C{letter}": f"convnext_{name}.fb_in1k" for letter, name in zip("TSB", ("tiny", "small", "base"))}
 HYBRIDS |= {f"V{letter}": DEIT3[letter] for letter in "TSB"}
+LONGEST = 48  # blocks of the deepest model
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 HUGE = (2, 2, 2, 2, *[3] * 8)  # blocks in twelve groups of ViT-H
 DROP_PATH = {"T": 0.05, "S": 0.05, "B": 0.15, "L": 0.4, "H": 0.4, "6": 0.4}
 CONVNEXT_DROP_PATH = {"CT": 0.3, "CS": 0.3, "CB": 0.4}
@@ -59,6 +62,9 @@ def dense(
     interactions: int = 12,
     weights: Sequence[str] | None = None,
     speed_up: bool = False,
+    global_every: int | None = None,
+    mean: Colour = HALVES,
+    std: Colour = HALVES,
 ) -> PiipBackbone:
     """A backbone of dense tasks.
 
@@ -70,6 +76,9 @@ def dense(
         interactions: Number of them.
         weights: Of each model, `hub`, a file or `random`; None is the hub.
         speed_up: See `InteractionUnit`.
+        global_every: Every so many-th block sees the whole image all the same; None is no block.
+        mean: See `MergedPyramid`.
+        std: Likewise.
 
     Raises:
         UserError: letters or sizes that do not fit.
@@ -79,6 +88,8 @@ def dense(
     def branch(letter: str, model: str, size: int, file: str) -> TransformerBranch:
         groups = HUGE if (letter, interactions) == ("H", 12) else interactions
         own = {"size": size, "groups": groups, "weights": file, "window": window, "drop_path": rates[letter]}
+        if global_every is not None:
+            own["global_blocks"] = range(global_every - 1, LONGEST, global_every)
         if letter == "6":
             return InternVitBranch(**own)
         if model.startswith("beit"):
@@ -89,7 +100,7 @@ def dense(
         return VitBranch(model, pad="inputs", drop_path_rule=rule, **own)
 
     branches = [branch(*one) for one in _named(models, sizes, pretrained, weights)]
-    return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up))
+    return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up), mean, std)
 
 
 def hybrid(
@@ -111,7 +122,7 @@ def hybrid(
             return ConvNextBranch(model, size, weights=file, drop_path=CONVNEXT_DROP_PATH[name])
         return VitBranch(model, size, weights=file, window=14, pad="inputs", drop_path=DROP_PATH[name[1:]])
 
-    return PiipHybridBackbone([branch(*one) for one in _paired(models, sizes, weights, HYBRIDS)])
+    return PiipHybridBackbone([branch(*one) for one in _paired(models, sizes, weights, HYBRIDS)], **IMAGENET)
 
 
 def classifier(

@@ -52,12 +52,16 @@ class Pyramid(nn.Module):
         branches: The one with the smallest image first, all of as many groups.
         unit: Makes an interaction unit of the channels of two neighbours, the coarser one's first; None leaves the
             branches alone, as gates of zero do.
+        size: Side of the pyramid's images at its nominal size, pixels; None is the finest branch's.
+
+    Attributes:
+        size: See above.
 
     Raises:
-        UserError: no branch, numbers of groups that differ, or sizes that fall.
+        UserError: no branch, numbers of groups that differ, sizes that fall, or a nominal one below them.
     """
 
-    def __init__(self, branches: Sequence[Branch], unit: Unit | None = InteractionUnit):
+    def __init__(self, branches: Sequence[Branch], unit: Unit | None = InteractionUnit, size: int | None = None):
         super().__init__()
         groups = [len(branch.dims) for branch in branches]
         if not groups or len(set(groups)) > 1:
@@ -65,6 +69,9 @@ class Pyramid(nn.Module):
         sizes = [branch.size for branch in branches]
         if sizes != sorted(sizes):
             raise UserError(f"branches: found sizes {sizes}, expected {sorted(sizes)}, the smallest image first")
+        self.size = sizes[-1] if size is None else size
+        if self.size < sizes[-1]:
+            raise UserError(f"size: found {size}, expected at least {sizes[-1]}, the finest branch's")
         counts = [sum(parameter.numel() for parameter in branch.parameters()) / 1e6 for branch in branches]
         if any(fine > LARGER * coarse for coarse, fine in combinations(counts, 2)):
             found, inverted = (", ".join(f"{n:.3g}" for n in row) for row in (counts, sorted(counts, reverse=True)))
@@ -91,12 +98,12 @@ class Pyramid(nn.Module):
         """States of all branches, the coarsest first, after each of some interactions.
 
         Args:
-            image: `(B, C, H, W)`, what the finest branch sees.
+            image: `(B, C, H, W)`.
             after: Numbers of the interactions; -1 is the last.
         """
         last = len(self.interactions)
         wanted = [k % last for k in after]
-        states = [branch.embed(resized_image(image, branch.size / self.branches[-1].size)) for branch in self.branches]
+        states = [branch.embed(resized_image(image, branch.size / self.size)) for branch in self.branches]
         kept = {}
         for k, interaction in enumerate(self.interactions):
             states = interaction([branch.run(k, state) for branch, state in zip(self.branches, states)])

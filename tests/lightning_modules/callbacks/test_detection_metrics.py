@@ -13,6 +13,7 @@ import torch
 from ranks import running
 from torch import Tensor
 
+from penstock.lightning_modules.instance_masks import decoded, encoded
 from penstock.lightning_modules.callbacks.checkpoint import Checkpoint
 from penstock.lightning_modules.callbacks.detection_metrics import DetectionMetrics, average_precision, write_results
 from penstock.lightning_modules.checkpoints import load_checkpoint
@@ -56,7 +57,7 @@ def scenes() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     return found, targets
 
 
-def pycocotools(file, targets: list[dict[str, Tensor]], ids: list[int]):
+def pycocotools(file, targets: list[dict[str, Tensor]], ids: list[int], kind: str = "bbox"):
     coco, evaluation = (pytest.importorskip(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
     annotations = []
     for target in targets:
@@ -69,17 +70,18 @@ def pycocotools(file, targets: list[dict[str, Tensor]], ids: list[int]):
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": float(target["area"][row]),
                     "iscrowd": int(target["iscrowd"][row]),
+                    **({"segmentation": target["masks"][row]} if "masks" in target else {}),
                 }
             )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco.COCO()
         truth.dataset = {
-            "images": [{"id": int(target["image_id"])} for target in targets],
+            "images": [{"id": int(one["image_id"]), "height": 360, "width": 360} for one in targets],
             "annotations": annotations,
             "categories": [{"id": ids[k], "name": name} for k, name in enumerate(CLASSES)],
         }
         truth.createIndex()
-        result = evaluation.COCOeval(truth, truth.loadRes(str(file)), "bbox")
+        result = evaluation.COCOeval(truth, truth.loadRes(str(file)), kind)
         result.evaluate()
         result.accumulate()
         result.summarize()
@@ -89,7 +91,7 @@ def pycocotools(file, targets: list[dict[str, Tensor]], ids: list[int]):
 def test_against_pycocotools(tmp_path, scenes):
     found, targets = scenes
     ids = [17, 18, 16, 3]
-    write_results(tmp_path / "detections" / "test.json", found, targets, ids)
+    write_results(tmp_path / "detections" / "test.json", found, [int(one["image_id"]) for one in targets], ids)
     expected = pycocotools(tmp_path / "detections" / "test.json", targets, ids)
     values = average_precision(found, targets, CLASSES)
     names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100"]
@@ -109,6 +111,31 @@ def test_against_pycocotools(tmp_path, scenes):
             assert f"ap_of/{name}" not in values
 
 
+def test_masks_against_pycocotools(tmp_path, scenes):
+    """Ellipses in the boxes: overlaps other than those of boxes."""
+    found, targets = scenes
+    for one in (*found, *targets):
+        one["masks"] = encoded(torch.stack([ellipse(box) for box in one["boxes"]])) if len(one["boxes"]) else []
+    for target in targets:
+        target["area"] = decoded(target["masks"], (360, 360)).sum((1, 2)).float()
+    ids = [17, 18, 16, 3]
+    write_results(tmp_path / "test.json", found, [int(one["image_id"]) for one in targets], ids)
+    expected = pycocotools(tmp_path / "test.json", targets, ids, "segm").stats
+    values = average_precision(found, targets, CLASSES)
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100"]
+    for name, value in zip(names, expected):
+        assert values.get(f"mask_{name}", -1) == pytest.approx(value, abs=1e-6), name
+    boxes_alone = pycocotools(tmp_path / "test.json", targets, ids).stats[0]
+    assert values["ap"] == pytest.approx(boxes_alone, abs=1e-6) != values["mask_ap"]
+
+
+def ellipse(box: Tensor) -> Tensor:
+    """bool `(360, 360)`."""
+    rows, columns = torch.arange(360)[:, None] + 0.5, torch.arange(360) + 0.5
+    (x, y), (a, b) = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    return ((columns - x) / a) ** 2 + ((rows - y) / b) ** 2 <= 1
+
+
 def test_perfect_detections_and_none(scenes):
     _, targets = scenes
     perfect = [{"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["boxes"]))} for t in targets]
@@ -123,7 +150,7 @@ def test_perfect_detections_and_none(scenes):
 
 def test_results_file(tmp_path):
     one = {"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
-    write_results(tmp_path / "r.json", [one], [{"image_id": torch.tensor(7)}], [3, 9])
+    write_results(tmp_path / "r.json", [one], [7], [3, 9])
     rows = json.loads((tmp_path / "r.json").read_text())
     assert rows == [{"image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 6], "score": 0.5}]
 

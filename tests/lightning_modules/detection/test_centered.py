@@ -13,6 +13,7 @@ from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.centered import ByDistance, ByStatistics, Centered, centerness
 from penstock.lightning_modules.detection.coding import Deltas, Distances
 from penstock.lightning_modules.detection.host import Objects, Outputs
+from penstock.lightning_modules.detection.selection import Selection
 
 SIZES = [(16, 20), (8, 10), (4, 5)]
 STRIDES = (8, 16, 32)
@@ -130,6 +131,29 @@ def test_images_without_objects_and_gradients(host):
     assert all(torch.isfinite(y.grad).all() for maps in given for y in maps)
     assert given.codes[0].grad[1].any()
     assert not given.codes[0].grad[0].any()
+
+
+@pytest.mark.parametrize("host", [fcos(), atss()], ids=["fcos", "atss"])
+def test_the_threshold_is_on_the_probability_alone(host):
+    """Cell by cell: a box is there where its class is sure enough, however badly it fits, and its score is the mean."""
+    given = outputs()
+    host.selection = Selection(score=0.5, overlap=1.0, most=10**6)
+    p, fit = (
+        torch.cat([y.detach().permute(0, 2, 3, 1).flatten(1, 2) for y in maps], 1).sigmoid()
+        for maps in (given.logits, given.quality)
+    )
+    for image, found in enumerate(host.detections(given, [(128, 160)] * 2)):
+        expected = [
+            (math.sqrt(float(p[image, cell, label] * fit[image, cell])), label)
+            for cell in range(p.shape[1])
+            for label in range(3)
+            if p[image, cell, label] > 0.5
+        ]
+        expected.sort(reverse=True)
+        assert len(found.scores) == len(expected) > 100
+        torch.testing.assert_close(found.scores, torch.tensor([score for score, _ in expected]))
+        assert sorted(found.labels.tolist()) == sorted(label for _, label in expected)
+        assert found.scores.min() < 0.45
 
 
 def test_priors_in_padding_are_left_out():

@@ -59,7 +59,7 @@ def test_golden_detections():
     record = Record("sepc", "12", "det", torch.float32)
     host, outputs = fsaf(selection=Selection(100, 0.1, 0.5, 30)), maps(record)
     _, sizes, _, scales = images(record)
-    for image, (boxes, scores, labels) in enumerate(host.detections(outputs, sizes, scales)):
+    for image, (boxes, scores, labels, _) in enumerate(host.detections(outputs, sizes, scales)):
         expected = in_order(record.out[f"det_boxes{image}"], record.out[f"det_labels{image}"])
         found = in_order(torch.cat([boxes, scores[:, None]], 1), labels)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)

@@ -86,7 +86,7 @@ def test_detections(record, name, selection, scaled):
     host, outputs = retina(selection=selection), maps(record)
     _, sizes, _, scales = images(record)
     found = host.detections(outputs, sizes, scales if scaled else None)
-    for image, (boxes, scores, labels) in enumerate(found):
+    for image, (boxes, scores, labels, _) in enumerate(found):
         expected = in_order(record.out[f"det_{name}_boxes{image}"], record.out[f"det_{name}_labels{image}"])
         torch.testing.assert_close(
             in_order(torch.cat([boxes, scores[:, None]], 1), labels), expected, rtol=2e-5, atol=2e-4

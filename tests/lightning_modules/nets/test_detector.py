@@ -143,7 +143,7 @@ def test_losses_and_boxes_of_one_pass(name, empty, monkeypatch):
     assert losses.keys() == expected.keys()
     assert all(torch.equal(losses[key], expected[key]) and losses[key].isfinite() for key in losses)
     assert len(found[0].boxes) > 5
-    assert all(torch.equal(a, b) for one, other in zip(found, boxes) for a, b in zip(one, other))
+    assert all(torch.equal(a, b) for one, other in zip(found, boxes) for a, b in zip(one[:3], other))
 
 
 @pytest.mark.parametrize(

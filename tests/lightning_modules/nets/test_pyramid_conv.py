@@ -11,6 +11,7 @@ from penstock.lightning_modules.nets.pyramid_conv import (
     PyramidConv,
     PyramidConvNeck,
     ScaleEqualizingConv,
+    activated,
     integrated,
 )
 from tests.golden_files import Record
@@ -177,6 +178,24 @@ def test_flops():
     one = flops(nn.Conv2d(16, 16, 3, padding=1), lambda conv, xs: [conv(x) for x in xs])
     assert flops(PyramidConv(16), lambda layer, xs: layer(xs)) / one == pytest.approx(1.5, abs=1e-3)
     assert flops(PyramidConvNeck(16), lambda neck, xs: neck(xs)) / one == pytest.approx(8, abs=1e-2)
+
+
+def test_integrated_norm_keeps_the_memory_format():
+    """Channels-last maps give the same as others, gradients and statistics too, and stay channels-last."""
+    norms = [nn.BatchNorm2d(6).double() for _ in range(2)]
+    given = [x.requires_grad_() for x in pyramid(6, batch=2)]
+    last = [x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for x in given]
+    plain, found = (activated(xs, norm) for norm, xs in zip(norms, (given, last)))
+    assert all(y.is_contiguous() for y in plain)
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in found)
+    for ys in (plain, found):
+        sum((y.sigmoid() * y).sum() for y in ys).backward()
+    for a, b in zip(plain, found):
+        assert (a - b).abs().max() < 1e-12
+    for a, b in zip(given, last):
+        assert (a.grad - b.grad).abs().max() < 1e-12
+    for a, b in zip(norms[0].state_dict().values(), norms[1].state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_integrated_norm_of_constants():
