@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A conversation as one text, and where answers begin and end in it, their ends marked."""
+    """A conversation as one text, and where answers begin and end in it, with the space before and the mark behind."""
 
     text: str
     answers: list[tuple[int, int]]
@@ -53,8 +53,7 @@ def written(turns: Sequence[str], template: Template = "vicuna_v1") -> Written:
             text, start = text + (turn if number % 2 else IMAGE), len(text)
             text += "\n" if number % 2 else ""
         elif number % 2:
-            text, start = f"{text} ", len(text) + 1
-            text += f"{turn}{END}"
+            text, start = f"{text} {turn}{END}", len(text)
         else:
             text += f"USER: {turn} ASSISTANT:"
         if number % 2:

@@ -125,6 +125,7 @@ class WordLlama(LanguageModel):
             intermediate_size=hidden,
             num_hidden_layers=depth,
             num_attention_heads=heads,
+            initializer_range=dim**-0.5,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

@@ -22,6 +22,9 @@ from penstock.lightning_modules.cli import main
 from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.conversation import IGNORED, with_image
+from penstock.lightning_modules.nets.language_model import WordLlama
+from penstock.lightning_modules.nets.piip.llava import LlavaNet
+from penstock.lightning_modules.nets.piip.llava_tower import llava_tower
 from penstock.lightning_modules.piip_llava import PiipLlava
 from penstock.lightning_modules.weights.piip_llava import official_state
 
@@ -173,6 +176,15 @@ def test_refusals(words, message, tmp_path, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert code == 2
     assert message in err[-1]
+
+
+def test_costs_are_those_of_the_tower():
+    with torch.device("meta"):
+        net = LlavaNet(llava_tower("clip_bl_512_256", ["random"] * 2), WordLlama("a", dim=64, depth=1, heads=2))
+        found = PiipLlava(net, torch.optim.AdamW).eval().costs()
+    assert found.published == 193
+    assert sum(part.operations for part in found.parts.values()) / 193e9 == pytest.approx(1, abs=0.005)
+    assert sum(part.parameters for part in found.parts.values()) == sum(p.numel() for p in net.tower.parameters())
 
 
 def test_questions_without_answers_are_not_scored():

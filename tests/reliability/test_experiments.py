@@ -118,7 +118,7 @@ def small_masks(data, folder):
     if data["class_path"].endswith("DigitMasks"):
         return [*words, "data.scenes=16", "image_size=64", "callbacks.cost.runs=1"]
     words += [f"data.data_dir={mask_tree(folder, classes=150)}", "shape=[3,64,64]", "data.num_workers=0"]
-    words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny_128", "perf=default", "callbacks.cost=null"]
+    words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny_64", "perf=default", "callbacks.cost=null"]
     words += ["model.window=64", "model.stride=48", "trainer.val_check_interval=1", "trainer.sync_batchnorm=false"]
     return words
 

@@ -1,6 +1,7 @@
 """A pyramid as backbone of dense tasks."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class PiipBackbone(MergedPyramid):
         unit: Likewise.
         mean: See `MergedPyramid`.
         std: Likewise.
+        maps: 4, or 3 without the finest.
 
     Raises:
         UserError: as `Pyramid`.
@@ -75,12 +77,13 @@ class PiipBackbone(MergedPyramid):
         unit: Unit | None = InteractionUnit,
         mean: Colour = HALVES,
         std: Colour = HALVES,
+        maps: Literal[3, 4] = 4,
     ):
         super().__init__(branches, unit, mean, std)
         dims = [branch.dims[-1] for branch in branches]
-        self.merge, self.fpn = conv_merge(dims), SimpleFpn(dims[0])
-        self.channels, stride = [dims[0]] * 4, branches[-1].strides[-1]
-        self.strides = [stride // 4, stride // 2, stride, 2 * stride]
+        self.merge, self.fpn = conv_merge(dims), SimpleFpn(dims[0], maps)
+        self.channels, stride = [dims[0]] * maps, branches[-1].strides[-1]
+        self.strides = [stride // 4, stride // 2, stride, 2 * stride][-maps:]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.fpn(self.merge(self.pyramid(self.normalised(image))[0]))

@@ -144,14 +144,18 @@ class SimpleFpn(Resampling):
 
     Args:
         dim: Of all maps.
+        maps: 4, or 3 without the finest.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, maps: Literal[3, 4] = 4):
         super().__init__(dim, dim)
+        if maps == 3:
+            self.quarter = None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps `(B, dim, H_l, W_l)`, the finest first, of `(B, dim, H, W)`."""
-        return super().forward([x] * 4)
+        found = [self.eighth(x), x, self.last(x)]
+        return found if self.quarter is None else [self.quarter(x), *found]
 
 
 class MergedHead(nn.Module):

@@ -65,6 +65,7 @@ def dense(
     global_every: int | None = None,
     mean: Colour = HALVES,
     std: Colour = HALVES,
+    maps: Literal[3, 4] = 4,
 ) -> PiipBackbone:
     """A backbone of dense tasks.
 
@@ -79,6 +80,7 @@ def dense(
         global_every: Every so many-th block sees the whole image all the same; None is no block.
         mean: See `MergedPyramid`.
         std: Likewise.
+        maps: See `PiipBackbone`.
 
     Raises:
         UserError: letters or sizes that do not fit.
@@ -100,7 +102,7 @@ def dense(
         return VitBranch(model, pad="inputs", drop_path_rule=rule, **own)
 
     branches = [branch(*one) for one in _named(models, sizes, pretrained, weights)]
-    return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up), mean, std)
+    return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up), mean, std, maps)
 
 
 def hybrid(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
@@ -42,7 +42,12 @@ def tiny_classifier(
 
 
 def tiny_backbone(
-    sizes: Sequence[int], dims: Sequence[int], depth: int = 4, patch: int = 16, interactions: bool = True
+    sizes: Sequence[int],
+    dims: Sequence[int],
+    depth: int = 4,
+    patch: int = 16,
+    interactions: bool = True,
+    maps: Literal[3, 4] = 4,
 ) -> PiipBackbone:
     """A backbone of dense tasks; arguments as `tiny_classifier`'s, channels multiples of 32.
 
@@ -52,11 +57,12 @@ def tiny_backbone(
         depth: Of the branches.
         patch: Side.
         interactions: Whether there are any.
+        maps: See `PiipBackbone`.
 
     Raises:
         UserError: as `tiny_classifier`.
     """
-    return PiipBackbone(_branches(sizes, dims, depth, patch), _unit(interactions))
+    return PiipBackbone(_branches(sizes, dims, depth, patch), _unit(interactions), maps=maps)
 
 
 def _branches(sizes: Sequence[int], dims: Sequence[int], depth: int, patch: int, **more: Any) -> list[VitBranch]:

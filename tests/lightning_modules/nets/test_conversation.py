@@ -30,7 +30,7 @@ def test_vicuna_v1():
         "detailed, and polite answers to the user's questions. USER: <image>\nWhich digit is it? ASSISTANT: a seven</s>"
         "USER: And how many? ASSISTANT: one</s>"
     )
-    assert [found.text[a:b] for a, b in found.answers] == ["a seven</s>", "one</s>"]
+    assert [found.text[a:b] for a, b in found.answers] == [" a seven</s>", " one</s>"]
     asked = written(TALK[:3])
     assert found.text.startswith(asked.text)
     assert asked.text.endswith("USER: And how many? ASSISTANT:")
@@ -65,6 +65,23 @@ def test_captions_are_learnt_with_the_end_of_their_line(tokenizer):
     assert prompt.ids.tolist()[:2] == [tokenizer.bos_token_id, IMAGE_ID]
     assert tokenizer.convert_ids_to_tokens(prompt.labels[2:].tolist()) == ["a", "seven", "\n"]
     assert prompt.labels[:2].tolist() == [IGNORED] * 2
+
+
+def test_spaces_before_answers_may_be_part_of_their_tokens():
+    """As Llama's are."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra llava)")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    whole = Tokenizer(models.BPE(unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    whole.train_from_iterator([written(TALK).text.replace("<image>", "")] * 20, trainer)
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>")
+    prompt = tokenized(written(TALK), own)
+    learnt = own.convert_ids_to_tokens(prompt.labels[prompt.labels != IGNORED].tolist())
+    assert "".join(learnt) == "\u2581a\u2581seven</s>\u2581one</s>"
+    asked = "".join(own.convert_ids_to_tokens(prompt.ids[(prompt.labels == IGNORED) & (prompt.ids >= 0)].tolist()))
+    assert asked.endswith("ASSISTANT:USER:\u2581And\u2581how\u2581many?\u2581ASSISTANT:")
 
 
 @pytest.mark.parametrize(
