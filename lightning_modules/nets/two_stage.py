@@ -11,6 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.detector import BoxNetwork
@@ -65,7 +66,7 @@ class TwoStageDetector(BoxNetwork):
         proposals: Best ones of an image in training and in evaluation, which the head makes boxes of.
 
     Raises:
-        UserError: maps of other strides.
+        UserError: maps of other strides, or a number out of range.
     """
 
     def __init__(
@@ -83,6 +84,11 @@ class TwoStageDetector(BoxNetwork):
     ):
         super().__init__()
         self.num_classes = num_classes
+        at_least(1, net__num_classes=num_classes, net__channels=channels, net__anchor=anchor, net__hidden=hidden)
+        at_least(2, net__samples=samples)
+        at_least(0, net__layers=layers)
+        for kept in proposals:
+            at_least(1, net__proposals=kept)
         finest = backbone.strides[0]
         if list(backbone.strides) != [finest * 2**level for level in range(LEVELS)]:
             raise UserError(

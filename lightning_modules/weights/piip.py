@@ -33,6 +33,7 @@ PARTS = [
     (r"^fpn2\.0\.", "fpn.eighth."),
     (r"^cls_(norm|head)\.", r"merged.\1."),
 ]
+SCALARS = r"(^|\.)merges?\.(\d+\.)?weights\.\d+$"
 UNUSED = r"\.convnext_model\.layernorm\.|\.relative_position_index$"
 """The final norm of a ConvNeXt, which no one applies, and what follows from the side of windows."""
 
@@ -47,9 +48,11 @@ def own_name(name: str) -> str:
 def own_state(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a classifier or a backbone; positions of class tokens, which the official code drops, go."""
     own = {own_name(name): value for name, value in official.items() if not re.search(UNUSED, name)}
-    for name, table in own.items():
+    for name, value in own.items():
         if name.endswith("pos_embed"):
-            own[name] = table[:, table.shape[1] - math.isqrt(table.shape[1]) ** 2 :]
+            own[name] = value[:, value.shape[1] - math.isqrt(value.shape[1]) ** 2 :]
+        elif re.search(SCALARS, name):
+            own[name] = value.reshape(1, 1, 1)
     if "merged.head.weight" in own:
         own = {f"merged.{name}" if name.startswith("merge.") else name: value for name, value in own.items()}
     return own

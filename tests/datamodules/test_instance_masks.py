@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from torchvision.ops import masks_to_boxes
 
 from penstock.datamodules.digit_scenes import DigitScenes
-from penstock.lightning_modules.instance_masks import decoded, encoded, run_lengths, written
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.instance_masks import decoded, encoded, run_lengths, written
 from tests.box_trees import coco, ready
 
 SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]

@@ -65,6 +65,9 @@ def norm_unit(dim: int) -> nn.Sequential:
 class Merge(nn.Module):
     """All branches as one map on the finest grid: a trained sum of projections, arXiv 2406.04330 eq. 5.
 
+    The scalars have three axes of length 1: without axes they could not be sharded, and vectors have no weight decay,
+    which these have.
+
     Args:
         projections: Of the branches' maps to one width, the coarsest first.
     """
@@ -72,7 +75,7 @@ class Merge(nn.Module):
     def __init__(self, projections: Sequence[nn.Module]):
         super().__init__()
         self.projections = nn.ModuleList(projections)
-        self.weights = nn.ParameterList(torch.tensor(1.0) for _ in projections)
+        self.weights = nn.ParameterList(torch.ones(1, 1, 1) for _ in projections)
         self.apply(initialize)
 
     def forward(self, states: Sequence[State]) -> Tensor:

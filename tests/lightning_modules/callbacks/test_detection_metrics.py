@@ -13,10 +13,10 @@ import torch
 from ranks import running
 from torch import Tensor
 
-from penstock.lightning_modules.instance_masks import decoded, encoded
 from penstock.lightning_modules.callbacks.checkpoint import Checkpoint
 from penstock.lightning_modules.callbacks.detection_metrics import DetectionMetrics, average_precision, write_results
 from penstock.lightning_modules.checkpoints import load_checkpoint
+from penstock.lightning_modules.instance_masks import decoded, encoded
 from tests.box_trees import coco
 
 CLASSES = ["cat", "dog", "bird", "fish"]

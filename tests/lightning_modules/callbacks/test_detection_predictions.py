@@ -8,9 +8,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torchvision.io import read_image
 
+from penstock.datamodules.digit_scenes import DigitScenes
 from penstock.lightning_modules.callbacks.detection_metrics import DetectionMetrics
 from penstock.lightning_modules.callbacks.detection_predictions import DetectionPredictions
+from penstock.lightning_modules.instance_masks import decoded, written
 from tests.box_trees import coco, edit, ready, voc
 
 
@@ -58,6 +62,44 @@ def test_predictions_of_own_images_are_for_their_annotations(made, tmp_path):
         result.summarize()
     assert 0.1 < values["ap"] < 0.99
     assert [values["ap"], values["ap50"], values["ap75"]] == pytest.approx(result.stats[:3].tolist(), abs=1e-6)
+
+
+def test_masks_are_written_and_drawn(tmp_path):
+    """A module that finds what is marked: its files hold the masks, its pictures their ink."""
+    data = DigitScenes(scenes=16, eval_batch_size=2, masks=True)
+
+    class Marked(pl.LightningModule):
+        classes = tuple((str(k), k) for k in range(10))
+
+        def predict_step(self, batch, batch_idx):
+            targets = self.trainer.datamodule.targets(batch["index"])
+            found = {name: [one[name] for one in targets] for name in ("boxes", "labels", "masks")}
+            return {"index": batch["index"], **found, "scores": [torch.ones(len(one["boxes"])) for one in targets]}
+
+    folders = [tmp_path / name for name in ("masks", "boxes")]
+    for folder in folders:
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": folder}
+        module = Marked()
+        if folder.name == "boxes":
+            module.predict_step = lambda *args, step=module.predict_step: {
+                k: v for k, v in step(*args).items() if k != "masks"
+            }
+        pl.Trainer(callbacks=[DetectionPredictions()], **quiet).predict(module, datamodule=data)
+    results = json.loads((folders[0] / "predictions" / "results.json").read_text())
+    annotations = json.loads((folders[0] / "predictions" / "boxes.json").read_text())["annotations"]
+    targets = [target for target in data.targets(data.view("test").numbers) if len(target["boxes"])]
+    expected = [written(mask) for target in targets for mask in target["masks"]]
+    assert [row["segmentation"] for row in results] == [row["segmentation"] for row in annotations] == expected
+    assert "segmentation" not in (folders[1] / "predictions" / "boxes.json").read_text()
+    pictures = [sorted((folder / "predictions" / "boxes").rglob("*.png")) for folder in folders]
+    differing = [read_image(str(a)) != read_image(str(b)) for a, b in zip(*pictures)]
+    inked = [
+        target["masks"] and decoded(target["masks"], (128, 128)).amax(0).bool()
+        for target in data.targets(data.view("test").numbers)
+    ]
+    for differs, ink in zip(differing, inked):
+        assert not differs.any(0)[~ink].any() if len(ink) else not differs.any()
+    assert any(differs.any() for differs in differing)
 
 
 def test_entries_of_voc(tmp_path):

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 
-from penstock.lightning_modules.instance_masks import decoded
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.pasting import pasted
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.instance_masks import decoded
 from penstock.lightning_modules.nets.mask_rcnn import MaskDetector
 from penstock.lightning_modules.nets.piip.tiny import tiny_backbone
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.trained_backbone import TrainedBackbone
 from penstock.lightning_modules.nets.two_stage import TwoStageDetector
 
@@ -84,3 +85,26 @@ def test_what_compiles():
     net.detections(torch.rand(2, 3, 96, 128) * 2 - 1, [(96, 128)] * 2, torch.ones(2, 4))
     assert any(node.op == "call_function" and "conv2d" in str(node.target) for g in graphs for node in g.graph.nodes)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"samples": 1}, r"net\.samples: found 1, expected at least 2"),
+        ({"proposals": (0, 5)}, r"net\.proposals: found 0, expected at least 1"),
+        ({"layers": -1}, r"net\.layers: found -1, expected at least 0"),
+        ({"anchor": 0}, r"net\.anchor: found 0"),
+    ],
+)
+def test_numbers_out_of_range(options, line):
+    backbone = TrainedBackbone("resnet18", layers=[1, 2, 3, 4], frozen=0, weights="random")
+    with pytest.raises(UserError, match=line):
+        TwoStageDetector(backbone, 3, **options)
+
+
+def test_maps_of_other_strides():
+    backbone = TrainedBackbone("resnet18", layers=[2, 3, 4], frozen=0, weights="random")
+    with pytest.raises(
+        UserError, match=r"found strides \[8, 16, 32\] of maps \[2, 3, 4\] of resnet18, expected four maps"
+    ):
+        TwoStageDetector(backbone, 3)

@@ -20,7 +20,9 @@ UNPUBLISHED = {
 QUICK = {"piip_tsb_1120_896_448", "piip_h6b_512_192", "piip_vt_cs_vb", "piip_sbl_1792_1120_672"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMED]
+)
 def test_costs(name):
     tree, _ = compose(["experiment=piip_coco", f"backbone={name}"])
     with torch.device("meta"):
