@@ -11,7 +11,7 @@ from torchvision.ops import masks_to_boxes
 from penstock.datamodules.digit_scenes import DigitScenes
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.instance_masks import decoded, encoded, run_lengths, written
-from tests.box_trees import coco, ready
+from tests.box_trees import coco, ready, with_masks
 
 SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]
 
@@ -63,17 +63,6 @@ def test_run_lengths_in_all_forms():
 def test_no_mask(segmentation, line):
     with pytest.raises(UserError, match=line):
         run_lengths(segmentation, 4, 5, "a")
-
-
-def with_masks(root):
-    """A COCO set whose masks are the boxes, as polygons."""
-    for file in (root / "annotations").iterdir():
-        content = json.loads(file.read_text())
-        for entry in content["annotations"]:
-            x, y, w, h = entry["bbox"]
-            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        file.write_text(json.dumps(content))
-    return root
 
 
 def test_masks_follow_boxes(tmp_path, attach):

@@ -18,6 +18,7 @@ from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
 from tests.anomaly_trees import btad, mvtec, visa
+from tests.box_trees import coco, with_masks
 from tests.mask_trees import mask_tree
 
 EXPERIMENTS = list(options("experiment"))
@@ -112,13 +113,44 @@ def small_boxes(data, own):
     return [*words, "model.net.hidden=16"] if own["net"]["class_path"].endswith("TwoStageDetector") else words
 
 
+def small_objects(name, folder):
+    """Words that make a detector on a pyramid small; photographs with masks are made in a folder."""
+    words = ["data.batch_size=2", "model.net.channels=16", "model.net.hidden=16", "callbacks.cost.runs=1"]
+    words += ["backbone=piip_tiny", "model.net.backbone.sizes=[64,128]", "model.net.backbone.dims=[64,32]"]
+    if name == "piip_digit_objects":
+        return [*words, "data.scenes=16"]
+    if name == "piip_bccd":
+        if not BCCD.is_dir():
+            pytest.skip(f"no BCCD at {BCCD}")
+        return [*words, f"data.data_dir={BCCD}", "data.min_size=96", "data.max_size=128"]
+    words += [f"data.data_dir={with_masks(coco(folder))}", "num_classes=3", "data.num_workers=0"]
+    return [*words, "data.min_size=64", "data.max_size=128", "data.pad_multiple=32"]
+
+
+def small_classes(name, images, folder):
+    """Words that make a classifier on a pyramid small; images with classes are made in a folder."""
+    if name == "piip_cifar10":
+        if not CIFAR10.is_dir():
+            pytest.skip(f"no CIFAR-10 at {CIFAR10}")
+        return [f"data.data_dir={CIFAR10}", "data.memory_gb=0", "data.batch_size=8", "callbacks.cost.runs=1"]
+    if name == "piip_digits":
+        return ["data.pictures=32", "data.batch_size=8", "callbacks.cost.runs=1"]
+    for n, file in enumerate(sorted(images.glob("*.png"))):
+        place = folder / ("val" if n % 8 < 2 else "train") / "ab"[n % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / file.name).write_bytes(file.read_bytes())
+    words = [f"data.data_dir={folder}", "data.num_workers=0", "data.batch_size=4", "num_classes=2", "image_size=64"]
+    return [*words, "net=piip_tiny", "model.scheduler.warmup=1"]
+
+
 def small_masks(data, folder):
     """Words that make a segmenter small; data that are not embedded are made in a folder."""
     words = ["model.net.channels=8", "model.net.auxiliary_channels=8", "data.batch_size=4"]
     if data["class_path"].endswith("DigitMasks"):
         return [*words, "data.scenes=16", "image_size=64", "callbacks.cost.runs=1"]
     words += [f"data.data_dir={mask_tree(folder, classes=150)}", "shape=[3,64,64]", "data.num_workers=0"]
-    words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny_64", "perf=default", "callbacks.cost=null"]
+    words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny", "perf=default", "callbacks.cost=null"]
+    words += ["model.net.backbone.sizes=[32,64]", "model.net.backbone.dims=[64,32]", "model.net.backbone.patch=4"]
     words += ["model.window=64", "model.stride=48", "trainer.val_check_interval=1", "trainer.sync_batchnorm=false"]
     return words
 
@@ -151,7 +183,9 @@ def small(name, images, defects):
     if tree["model"]["class_path"].endswith("PiipLlava"):
         return small_questions(data, images)
     if tree["model"]["class_path"].endswith("piip.Piip"):
-        return ["data.pictures=32", "data.batch_size=8", "callbacks.cost.runs=1"]
+        return small_classes(name, images, images.parent / "classes")
+    if tree["model"]["class_path"].endswith("PiipDetector"):
+        return small_objects(name, images.parent / "objects")
     if tree["model"]["class_path"].endswith("sepc.Sepc"):
         return small_boxes(data, own)
     if net.endswith("upernet.SegmentationNet"):
