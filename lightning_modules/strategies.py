@@ -67,6 +67,8 @@ class FullyShard(ModelParallelStrategy):
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = self.device_mesh["data_parallel"]
         for net in networks(module):
+            for weight in net.parameters():  # shards have no layout, as of channels_last
+                weight.data = weight.data.contiguous()
             for part in (*blocks(net), net):
                 fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=self.free_after_forward)
             for name in getattr(net, "forward_methods", ()):

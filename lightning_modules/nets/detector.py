@@ -133,7 +133,10 @@ class BoxNetwork(nn.Module):
         backbone: Loads its weights.
         num_classes: K.
         origin: Of weights of another program, if they are.
+        forward_methods: What is called in the place of `forward`.
     """
+
+    forward_methods = ("losses", "detections", "evaluated")
 
     backbone: MapBackbone
     num_classes: int

@@ -3,14 +3,19 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from penstock.lightning_modules.build import model_from_checkpoint
 from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.piip.tiny import tiny_backbone
 from penstock.lightning_modules.nets.unet import AttentionBlock, ResidualBlock, UNet
 from penstock.lightning_modules.rectified_flow import RectifiedFlow
 from penstock.lightning_modules.strategies import FullyShard, blocks, networks
@@ -130,6 +135,29 @@ def test_weights_outside_any_network_are_refused():
     module.scale = nn.Parameter(torch.ones(()))
     with pytest.raises(UserError, match="'scale' of RectifiedFlow belongs to no network"):
         FullyShard()._shard(module)
+
+
+def test_a_pyramid_in_channels_last_memory_is_sharded(tmp_path):
+    """Scalars of its merging, and kernels that do not lie in the order of their axes; one rank, this process."""
+    torch.manual_seed(0)
+    net = tiny_backbone([32, 64], [64, 32], depth=2).to(memory_format=torch.channels_last)
+    image = torch.rand(1, 3, 64, 64)
+    expected = [x.detach() for x in net(image)]
+    module = LightningModule()
+    module.net = net
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        strategy = FullyShard()
+        strategy._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        module.configure_model = MethodType(strategy._shard, module)
+        module.configure_model()
+        found = net(image)
+        sum(x.sum() for x in found).backward()
+        assert all(isinstance(weight, DTensor) for weight in module.parameters())
+        torch.testing.assert_close([x.detach() for x in found], expected)
+        assert net.merge.weights[0].grad.full_tensor().shape == (1, 1, 1)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 CLIPS = ["experiment=starflow_v_moving_digits", "trainer.max_steps=4", "data.video.n_train=64"]
