@@ -40,12 +40,14 @@ class Perf(Callback):
 
 
 def checkpoint_activations(net: nn.Module) -> None:
-    """Makes every block of `net.checkpoint_blocks` recompute its activations in backward (names unchanged).
+    """Makes every block recompute its activations in backward (names unchanged).
+
+    Blocks are of the classes that `net`, or a network inside it, names in `checkpoint_blocks`.
 
     Raises:
         UserError: the network names no blocks, or holds none of them.
     """
-    kinds = getattr(net, "checkpoint_blocks", ())
+    kinds = tuple({kind for part in net.modules() for kind in getattr(part, "checkpoint_blocks", ())})
     blocks = [m for m in net.modules() if isinstance(m, kinds)] if kinds else []
     if not blocks:
         raise UserError(f"activation_checkpointing: {type(net).__name__} names no checkpoint_blocks to recompute")

@@ -6,14 +6,14 @@ from typing import Literal
 
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.interaction import State
 from penstock.lightning_modules.nets.piip.resizing import resized_kernel, resized_table
 from penstock.lightning_modules.nets.piip.timm_branch import bounds, created, load_all, pretrained
-from penstock.lightning_modules.nets.piip.window_attention import Pad, attend
+from penstock.lightning_modules.nets.piip.window_attention import Pad, WindowBlock
 
 Rule = Literal["constant", "linear"]
 
@@ -39,10 +39,13 @@ class TransformerBranch(nn.Module):
         depth: Number of blocks.
         dims: Channels of the tokens after each group.
         strides: Pixels of a cell after each group.
+        checkpoint_blocks: Class of the blocks.
 
     Raises:
         UserError: groups that do not hold all blocks, or a size that patches do not divide.
     """
+
+    checkpoint_blocks = (Block,)
 
     def __init__(
         self,
@@ -74,6 +77,9 @@ class TransformerBranch(nn.Module):
         self.bounds = bounds(groups, len(self.blocks), model)
         self.windows = [None if k in global_blocks else window for k in range(len(self.blocks))]
         self.pad: Pad = pad
+        for block, own in zip(self.blocks, self.windows):
+            if own is not None:
+                block.__class__ = WindowBlock
         _set_drop_path(self.blocks, drop_path, drop_path_rule)
         self.depth = len(self.blocks)
         self.dims, self.strides = [net.embed_dim] * len(self.bounds), [patch] * len(self.bounds)
@@ -146,10 +152,7 @@ class TransformerBranch(nn.Module):
 
     def _block(self, k: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         block, window = self.blocks[k], self.windows[k]
-        if window is None:
-            return block(x)
-        x = x + block.drop_path1(block.ls1(attend(block.attn, block.norm1(x), grid, window, self.pad)))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return block(x) if window is None else block(x, grid, window, self.pad)
 
 
 class VitBranch(TransformerBranch):

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,3 +47,12 @@ def _joined(x: Tensor, grid: Grid, window: int) -> Tensor:
     x = x.reshape(-1, rows, columns, window, window, x.shape[2]).transpose(2, 3)
     x = x.reshape(x.shape[0], rows * window, columns * window, -1)
     return x[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+class WindowBlock(Block):
+    """timm's block whose attention sees windows of a grid; what a `Block` becomes, its parts and their names stay."""
+
+    def forward(self, x: Tensor, grid: Grid, window: int, pad: Pad) -> Tensor:
+        """Tokens after the block; arguments as `attend`'s."""
+        x = x + self.drop_path1(self.ls1(attend(self.attn, self.norm1(x), grid, window, pad)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

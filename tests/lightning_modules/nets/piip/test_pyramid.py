@@ -5,6 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from penstock.lightning_modules.callbacks.perf import checkpoint_activations
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
 from penstock.lightning_modules.nets.piip.cross_attention import DeformableAttention, directions
@@ -230,3 +231,28 @@ def test_branches_without_interactions_are_those_with_closed_gates():
     image = random_image(1, 1, 64, 64)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(closed(image)[0], alone(image)[0]))
     assert not list(alone.interactions.parameters())
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_blocks_are_called_as_modules_and_can_recompute(window):
+    """So that shards are gathered and activations recomputed for them, in windows too."""
+    torch.manual_seed(0)
+    branch = VitBranch("vit_tiny_patch16_224", 64, 2, "random", window=window, embed_dim=32, depth=2, num_heads=2)
+    names, image = list(branch.state_dict()), torch.rand(1, 3, 64, 64)
+
+    def run():
+        branch.zero_grad()
+        state = branch.embed(image)
+        for group in range(2):
+            state = branch.run(group, state)
+        state.tokens.square().sum().backward()
+        return state.tokens.detach(), [p.grad.clone() for p in branch.parameters() if p.grad is not None]
+
+    expected, called = run(), []
+    for block in branch.blocks:
+        block.norm1.register_forward_hook(lambda *_: called.append(1))
+    checkpoint_activations(branch)
+    found = run()
+    assert len(called) == 4  # forward and again in backward
+    torch.testing.assert_close(found, expected)
+    assert list(branch.state_dict()) == names
