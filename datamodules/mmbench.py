@@ -96,8 +96,9 @@ class MmBench(VisualQuestions):
         groups = [int(row["index"]) % COPY for row in rows]
         turned = len(set(groups)) < len(groups)
         questions: list[Question] = []
+        first = {group: n for n, group in reversed([*enumerate(groups)])}
         for n, row in enumerate(rows):
-            if groups[n] in groups[:n] and not self.circular:
+            if not self.circular and first[groups[n]] != n:
                 continue
             options = [row[letter] for letter in LETTERS if _given(row.get(letter))]
             turns = len(options) if self.circular and not turned else 1

@@ -3,18 +3,16 @@
 import csv
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from penstock.lightning_modules.callbacks.anomaly_pictures import above, heat
-from penstock.lightning_modules.callbacks.prediction_files import make_room, save_picture
-from penstock.lightning_modules.callbacks.ranks import gather
+from penstock.lightning_modules.callbacks.prediction_files import save_picture
+from penstock.lightning_modules.callbacks.row_predictions import RowPredictions
 
 COLUMNS = ("file", "score", "normalized", "anomalous")
 NEEDED = {"heat maps": "map_range", "masks": "pixel_threshold"}
@@ -22,7 +20,7 @@ FOLDERS = {"heat maps": "heat", "masks": "masks"}
 SCORES = ("scores.csv", "scores.json")
 
 
-class AnomalyPredictions(BasePredictionWriter):
+class AnomalyPredictions(RowPredictions):
     """Writes `scores.csv`, `scores.json`, `heat/<file>.png` and `masks/<file>.png` into `predictions/`.
 
     `score` is the model's own, `normalized` in [0, 1] with the threshold at 0.5, `anomalous` whether it is reached. The
@@ -36,8 +34,10 @@ class AnomalyPredictions(BasePredictionWriter):
         pictures: Whether heat maps and masks are written.
     """
 
+    files, folders = SCORES, tuple(FOLDERS.values())
+
     def __init__(self, pictures: bool = True):
-        super().__init__(write_interval="batch_and_epoch")
+        super().__init__()
         self.pictures = pictures
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,15 +55,7 @@ class AnomalyPredictions(BasePredictionWriter):
                 f"predictions: no {kinds}: the checkpoint has no {names} (model not validated on images with masks)"
             )
         self.kinds = [kind for kind in NEEDED if self.pictures and kind not in lacking]
-        trainer.predict_loop.return_predictions = False
-        self.folder, self.rows = Path(trainer.default_root_dir, "predictions"), []
-
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], batch_idx: int, *_: int
-    ) -> None:
-        """Makes room once nothing more is refused."""
-        if batch_idx == 0:
-            make_room(trainer, self.folder, SCORES, FOLDERS.values())
+        super().on_predict_start(trainer, pl_module)
 
     def write_on_batch_end(
         self,
@@ -80,7 +72,7 @@ class AnomalyPredictions(BasePredictionWriter):
         scores = prediction["score"].double()
         columns = (files, scores.tolist(), calibration.scores(scores).tolist())
         reached = (scores >= calibration.image_threshold).tolist()
-        self.rows += [(number, *row) for number, *row in zip(numbers, *columns, reached)]
+        self.rows |= dict(zip(numbers, zip(*columns, reached)))
         for row, (number, file) in enumerate(zip(numbers, files)):
             seen, found = batch["image"][row, None], prediction["map"][row, None]
             size = batch["original_size"][row].tolist() if "original_size" in batch else list(found.shape[-2:])
@@ -92,30 +84,11 @@ class AnomalyPredictions(BasePredictionWriter):
             if "masks" in self.kinds:
                 self._save("masks", file, above(found, calibration.pixel_threshold)[0, 0].cpu())
 
-    def write_on_epoch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any] | None,
-    ) -> None:
-        parts = gather(self.rows)
-        self.rows = []
-        if parts is not None:
-            self._write(parts, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keeps the scores of the images so far; with several ranks, which do not stop together, they are lost."""
-        if getattr(self, "rows", None) and trainer.world_size == 1:
-            self._write([self.rows], pl_module)
-
     def _save(self, kind: str, file: str, picture: Tensor) -> None:
         save_picture(self.folder / FOLDERS[kind], file, picture)
 
-    def _write(self, parts: list[list[tuple]], pl_module: pl.LightningModule) -> None:
-        """Both files of scores, by the ranks' rows."""
-        rows = [row[1:] for row in sorted({row[0]: row for part in parts for row in part}.values())]
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def write_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: list[tuple]) -> None:
+        """Both files of scores."""
         with (self.folder / SCORES[0]).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -16,7 +15,7 @@ from torchvision.transforms.v2 import functional as v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from penstock.lightning_modules.callbacks.pictures import keep_picture
-from penstock.lightning_modules.callbacks.ranks import gather
+from penstock.lightning_modules.callbacks.spread_gallery import SpreadGallery
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.instance_masks import Rle, decoded
 
@@ -76,7 +75,7 @@ def drawn(
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-class DetectionGallery(pl.Callback):
+class DetectionGallery(SpreadGallery):
     """Pairs of pictures, marked boxes and detected ones: `samples/step_<global step>.png` in the run folder (`test.png`
     after a test), and in the loggers; W&B gets the boxes themselves, of both kinds, detected ones of any score.
 
@@ -91,61 +90,37 @@ class DetectionGallery(pl.Callback):
     """
 
     def __init__(self, images: int = 8, score: float = 0.3):
-        if images < 1:
-            raise UserError(f"images: {images} given, expected at least 1")
+        super().__init__(images)
         if not 0 <= score <= 1:
             raise UserError(f"score: {score} given, expected a number in [0, 1]")
-        self.images, self.score = images, score
+        self.score = score
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        split = "test" if trainer.state.fn == TrainerFn.TESTING else "val"
-        numbers = torch.as_tensor(trainer.datamodule.view(split).numbers)
-        spread = torch.linspace(0, len(numbers) - 1, min(self.images, len(numbers))).round().long()
-        self.wanted, self.found = set(numbers[spread].tolist()), []
+    def take(self, outputs: dict[str, Any], batch: dict[str, Any], row: int) -> tuple:
+        """The image as it was, boxes, classes, scores and masks, if there are any."""
+        height, width = batch["size"][row].tolist()
+        seen = ((batch["image"][row, :, :height, :width] + 1) * 127.5).round().to(torch.uint8).cpu()
+        columns = (outputs[name][row].cpu() for name in ("boxes", "labels", "scores"))
+        masks = outputs["masks"][row] if "masks" in outputs else None
+        return v2.resize(seen, batch["original_size"][row].tolist(), antialias=True), *columns, masks
 
-    on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict[str, Any], batch: dict, *_: int
-    ) -> None:
-        for row, number in enumerate(batch["index"].tolist()):
-            if number in self.wanted:
-                height, width = batch["size"][row].tolist()
-                seen = ((batch["image"][row, :, :height, :width] + 1) * 127.5).round().to(torch.uint8).cpu()
-                columns = (outputs[name][row].cpu() for name in ("boxes", "labels", "scores"))
-                original = batch["original_size"][row].tolist()
-                masks = outputs["masks"][row] if "masks" in outputs else None
-                self.found.append((number, v2.resize(seen, original, antialias=True), *columns, masks))
-
-    on_test_batch_end = on_validation_batch_end
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        parts = gather(self.found)
-        if parts is None or trainer.sanity_checking:
-            return
-        found = sorted({one[0]: one for part in parts for one in part}.values(), key=lambda one: one[0])
-        if not found:
-            return
-        names = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "validate"}
-        name = names.get(trainer.state.fn, f"step_{trainer.global_step:06d}")
-        targets = trainer.datamodule.targets(torch.tensor([one[0] for one in found]))
-        self._keep(trainer, found, targets, name)
+    def keep(self, trainer: pl.Trainer, numbers: list[int], found: list[tuple], name: str) -> None:
+        """One picture of all, and the boxes."""
+        targets = trainer.datamodule.targets(torch.tensor(numbers))
+        self._draw(trainer, found, targets, name)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 names = trainer.datamodule.class_names
-                boxes = [_for_wandb(target, one[2:5], names) for one, target in zip(found, targets)]
-                pixels = [one[1].permute(1, 2, 0).numpy() for one in found]
+                boxes = [_for_wandb(target, one[1:4], names) for one, target in zip(found, targets)]
+                pixels = [one[0].permute(1, 2, 0).numpy() for one in found]
                 logger.log_image("boxes", pixels, step=trainer.global_step, boxes=boxes)
 
-    on_test_epoch_end = on_validation_epoch_end
-
-    def _keep(self, trainer: pl.Trainer, found: list[tuple], targets: list[dict[str, Tensor]], name: str) -> None:
+    def _draw(self, trainer: pl.Trainer, found: list[tuple], targets: list[dict[str, Tensor]], name: str) -> None:
         """One picture of all, four a row, scaled to one size before boxes are drawn."""
         names = trainer.datamodule.class_names
-        height, width = (max(sides) for sides in zip(*(image.shape[1:] for _, image, *_ in found)))
+        height, width = (max(sides) for sides in zip(*(image.shape[1:] for image, *_ in found)))
         factor = SIDE / max(height, width)
         sheet = torch.full((2 * len(found), 3, round(height * factor), round(width * factor)), 255, dtype=torch.uint8)
-        for k, ((_, image, boxes, labels, scores, masks), target) in enumerate(zip(found, targets)):
+        for k, ((image, boxes, labels, scores, masks), target) in enumerate(zip(found, targets)):
             at, size = scores > self.score, [max(1, round(side * factor)) for side in image.shape[1:]]
             small = v2.resize(image, size, antialias=True)
             marked = drawn(small, target["boxes"] * factor, target["labels"], names, masks=target.get("masks"))

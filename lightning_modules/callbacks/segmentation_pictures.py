@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -14,9 +13,8 @@ from torchvision.transforms.v2 import functional as v2
 from torchvision.utils import make_grid
 
 from penstock.lightning_modules.callbacks.pictures import keep_picture
-from penstock.lightning_modules.callbacks.ranks import gather
+from penstock.lightning_modules.callbacks.spread_gallery import SpreadGallery
 from penstock.lightning_modules.class_masks import IGNORED
-from penstock.lightning_modules.errors import UserError
 
 SIDE = 256  # pixels of the longer side of a picture in a gallery
 
@@ -36,7 +34,7 @@ def coloured(mask: Tensor) -> Tensor:
     return torch.from_numpy(palette())[mask.long()].permute(2, 0, 1)
 
 
-class SegmentationGallery(pl.Callback):
+class SegmentationGallery(SpreadGallery):
     """Images with their marked classes and those found, three pictures in a row, two images a line:
     `samples/step_<global step>.png` in the run folder (`test.png` after a test), and in the loggers; W&B gets the masks
     themselves.
@@ -51,47 +49,23 @@ class SegmentationGallery(pl.Callback):
     """
 
     def __init__(self, images: int = 8):
-        if images < 1:
-            raise UserError(f"images: {images} given, expected at least 1")
-        self.images = images
+        super().__init__(images)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        split = "test" if trainer.state.fn == TrainerFn.TESTING else "val"
-        numbers = torch.as_tensor(trainer.datamodule.view(split).numbers)
-        spread = torch.linspace(0, len(numbers) - 1, min(self.images, len(numbers))).round().long()
-        self.wanted, self.found = set(numbers[spread].tolist()), []
+    def take(self, outputs: dict[str, Any], batch: dict[str, Any], row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The image as it was, its marked classes and those found."""
+        (height, width), (rows, columns) = (batch[key][row].tolist() for key in ("size", "original_size"))
+        pixels = ((batch["image"][row, :, :height, :width] + 1) * 127.5).round().to(torch.uint8).cpu()
+        masks = (masks[row, :rows, :columns].cpu() for masks in (batch["mask"], outputs["mask"]))
+        return v2.resize(pixels, [rows, columns], antialias=True), *masks
 
-    on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict[str, Any], batch: dict, *_: int
-    ) -> None:
-        for row, number in enumerate(batch["index"].tolist()):
-            if number in self.wanted:
-                (height, width), (rows, columns) = (batch[key][row].tolist() for key in ("size", "original_size"))
-                pixels = ((batch["image"][row, :, :height, :width] + 1) * 127.5).round().to(torch.uint8).cpu()
-                masks = (masks[row, :rows, :columns].cpu() for masks in (batch["mask"], outputs["mask"]))
-                self.found.append((number, v2.resize(pixels, [rows, columns], antialias=True), *masks))
-
-    on_test_batch_end = on_validation_batch_end
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        parts, self.found = gather(self.found), []
-        if parts is None or trainer.sanity_checking:
-            return
-        found = sorted({one[0]: one for part in parts for one in part}.values(), key=lambda one: one[0])
-        if not found:
-            return
-        names = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "validate"}
-        name = names.get(trainer.state.fn, f"step_{trainer.global_step:06d}")
-        keep_picture(trainer, _sheet([row[1:] for row in found]), name, "segments")
+    def keep(self, trainer: pl.Trainer, numbers: list[int], found: list[tuple], name: str) -> None:
+        """One picture of all, and the masks."""
+        keep_picture(trainer, _sheet(found), name, "segments")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                masks = [_for_wandb(*row[2:], trainer.datamodule.class_names) for row in found]
-                pixels = [row[1].permute(1, 2, 0).numpy() for row in found]
+                masks = [_for_wandb(*row[1:], trainer.datamodule.class_names) for row in found]
+                pixels = [row[0].permute(1, 2, 0).numpy() for row in found]
                 logger.log_image("masks", pixels, step=trainer.global_step, masks=masks)
-
-    on_test_epoch_end = on_validation_epoch_end
 
 
 def _sheet(rows: list[tuple[Tensor, Tensor, Tensor]]) -> Image.Image:

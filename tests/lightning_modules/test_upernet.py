@@ -95,7 +95,7 @@ def test_from_words(penstock, tmp_path):
 
 def test_resumed_in_an_epoch_is_the_same(penstock, tmp_path):
     words = [*TINY, "trainer.limit_val_batches=0", "trainer.limit_test_batches=1", "callbacks.cost=null"]
-    words += ["callbacks.gallery=null", "trainer.max_epochs=-1", "model.net.backbone.unit.drop_path=0.4"]
+    words += ["callbacks.gallery=null", "trainer.max_epochs=-1", "model.net.backbone.drop_path=0.4"]
     files = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("whole", "parts")]
     assert penstock("fit", *words, "trainer.max_steps=6", f"run_dir={tmp_path / 'whole'}") == 0
     assert penstock("fit", *words, "trainer.max_steps=3", f"run_dir={tmp_path / 'parts'}") == 0

@@ -11,7 +11,7 @@ from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.vit import VitBranch
 
 HEAD = 16  # channels of a head of attention
-UNIT = partial(InteractionUnit, heads=8, drop_path=0.0)
+HEADS = 8  # of interactions
 
 
 def tiny_classifier(
@@ -21,9 +21,11 @@ def tiny_classifier(
     depth: int = 4,
     patch: int = 8,
     interactions: bool = True,
+    drop_path: float = 0.0,
+    head: Literal["separate", "merged"] = "separate",
     size: int | None = None,
 ) -> PiipClassifier:
-    """A classifier of as many heads as branches.
+    """A classifier.
 
     Args:
         sizes: Sides of the branches' images, pixels, the smallest first.
@@ -31,14 +33,17 @@ def tiny_classifier(
         num_classes: K.
         depth: Blocks of each, with an interaction behind each.
         patch: Side of patches, pixels.
-        interactions: Whether there are any; without, branches only meet in the mean of their classes.
+        interactions: Whether there are any; without, branches only meet at the end.
+        drop_path: Of interactions, see `InteractionUnit`.
+        head: See `PiipClassifier`.
         size: See `Pyramid`.
 
     Raises:
         UserError: channels that do not fit, or as `Pyramid`.
     """
     more = {"num_classes": num_classes, "class_token": True}
-    return PiipClassifier(_branches(sizes, dims, depth, patch, **more), num_classes, _unit(interactions), size=size)
+    branches = _branches(sizes, dims, depth, patch, **more)
+    return PiipClassifier(branches, num_classes, _unit(interactions, drop_path), head, size=size)
 
 
 def tiny_backbone(
@@ -47,6 +52,7 @@ def tiny_backbone(
     depth: int = 4,
     patch: int = 16,
     interactions: bool = True,
+    drop_path: float = 0.0,
     maps: Literal[3, 4] = 4,
 ) -> PiipBackbone:
     """A backbone of dense tasks; arguments as `tiny_classifier`'s, channels multiples of 32.
@@ -57,12 +63,13 @@ def tiny_backbone(
         depth: Of the branches.
         patch: Side.
         interactions: Whether there are any.
+        drop_path: Of them.
         maps: See `PiipBackbone`.
 
     Raises:
         UserError: as `tiny_classifier`.
     """
-    return PiipBackbone(_branches(sizes, dims, depth, patch), _unit(interactions), maps=maps)
+    return PiipBackbone(_branches(sizes, dims, depth, patch), _unit(interactions, drop_path), maps=maps)
 
 
 def _branches(sizes: Sequence[int], dims: Sequence[int], depth: int, patch: int, **more: Any) -> list[VitBranch]:
@@ -77,5 +84,5 @@ def _branches(sizes: Sequence[int], dims: Sequence[int], depth: int, patch: int,
     ]
 
 
-def _unit(interactions: bool) -> Any:
-    return UNIT if interactions else None
+def _unit(interactions: bool, drop_path: float) -> Any:
+    return partial(InteractionUnit, heads=HEADS, drop_path=drop_path) if interactions else None
