@@ -115,14 +115,16 @@ def small_boxes(data, own):
 
 def small_objects(name, folder):
     """Words that make a detector on a pyramid small; photographs with masks are made in a folder."""
-    words = ["data.batch_size=2", "model.net.channels=16", "model.net.hidden=16", "callbacks.cost.runs=1"]
-    words += ["backbone=piip_tiny", "model.net.backbone.sizes=[64,128]", "model.net.backbone.dims=[64,32]"]
-    if name == "piip_digit_objects":
-        return [*words, "data.scenes=16"]
+    words = ["data.batch_size=2", "callbacks.cost.runs=1"]
     if name == "piip_bccd":
         if not BCCD.is_dir():
             pytest.skip(f"no BCCD at {BCCD}")
-        return [*words, f"data.data_dir={BCCD}", "data.min_size=96", "data.max_size=128"]
+        words += [f"data.data_dir={BCCD}", "data.min_size=96", "data.max_size=128", "data.num_workers=0"]
+        return [*words, "model.net.channels=64", "model.net.backbone.weights=random"]
+    words += ["model.net.channels=16", "model.net.hidden=16"]
+    words += ["backbone=piip_tiny", "model.net.backbone.sizes=[64,128]", "model.net.backbone.dims=[64,32]"]
+    if name == "piip_digit_objects":
+        return [*words, "data.scenes=16"]
     words += [f"data.data_dir={with_masks(coco(folder))}", "num_classes=3", "data.num_workers=0"]
     return [*words, "data.min_size=64", "data.max_size=128", "data.pad_multiple=32"]
 

@@ -116,7 +116,7 @@ class ConvNextBranch(nn.Module):
 
     def embed(self, image: Tensor) -> State:
         """Images `(B, C, h, w)` as tokens; rows and columns that fill no cell are left out, here and later."""
-        return _state(self.stem(image))
+        return tokens_of(self.stem(image))
 
     def run(self, group: int, state: State) -> State:
         """The state after a group of units."""
@@ -124,7 +124,7 @@ class ConvNextBranch(nn.Module):
         units = [unit for stage in self.stages for unit in _units(stage)]
         for unit in units[slice(*self.bounds[group])]:
             x = unit(x)
-        return _state(x)
+        return tokens_of(x)
 
     def attention_operations(self, image_size: tuple[int, int]) -> int:
         """None: it has no attention."""
@@ -136,5 +136,6 @@ def _units(stage: nn.Module) -> list[nn.Module]:
     return [*first, *stage.blocks]
 
 
-def _state(x: Tensor) -> State:
+def tokens_of(x: Tensor) -> State:
+    """A map `(B, D, H, W)` as tokens, row by row."""
     return State(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]))
