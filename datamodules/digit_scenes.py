@@ -82,10 +82,12 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
     return canvas.clip(0, 1)
 
 
-def enlarged_ink(digit: np.ndarray, height: int, rng: np.random.Generator) -> np.ndarray:
-    """Opacity `(h, w)`, 0 or in [0.25, 1], of a digit `(8, 8)`; no outer row or column is without ink."""
+def enlarged_ink(digit: np.ndarray, height: int, rng: np.random.Generator, longest: int = OCTAVES[-1][1]) -> np.ndarray:
+    """Opacity `(h, w)`, 0 or in [0.25, 1], of a digit `(8, 8)`, no wider than `longest`.
+
+    No outer row or column is without ink.
+    """
     ink = tight(digit)
-    longest = OCTAVES[-1][1]
     width = round(height * ink.shape[1] / ink.shape[0] * rng.uniform(0.7, 1.4))
     opacity = _zoomed(ink, (height, min(max(width, 4), longest)))
     opacity = opacity / opacity.max()

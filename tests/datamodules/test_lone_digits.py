@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from penstock.datamodules.digit_scenes import INK, OCTAVES, shares, tight
-from penstock.datamodules.lone_digits import LoneDigits, draw_lone
+from penstock.datamodules.digit_scenes import shares
+from penstock.datamodules.lone_digits import GROUND, HEIGHTS, SHIFT, LoneDigits, draw_lone
 from penstock.lightning_modules.errors import UserError
 
 
@@ -29,21 +29,19 @@ def test_splits_and_labels():
     assert other.fingerprint == data.fingerprint
 
 
-def test_digits_are_of_three_octaves(monkeypatch):
-    heights = []
-
-    def place(canvas: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> None:
-        assert canvas.shape[:2] == ink.shape
-        assert np.array_equal(tight(ink), ink)
-        heights.append(ink.shape[0])
-
-    monkeypatch.setattr("penstock.datamodules.lone_digits.lay", place)
-    digit = load_digits().images[0] / 16
-    for n in range(60):
-        draw_lone(np.random.default_rng(n), digit, 64)
-    assert all(any(low - 2 <= height <= high for low, high in OCTAVES) for height in heights)
-    assert all(any(low - 2 <= height <= high for height in heights) for low, high in OCTAVES)
-    assert digit.max() > INK
+def test_digits_are_bright_and_near_the_middle_at_three_octaves():
+    digit, heights = load_digits().images[0] / 16, []
+    for n in range(90):
+        picture = draw_lone(np.random.default_rng(n), digit, 64).astype(float) / 255
+        ground = round(GROUND * 255) / 255
+        assert (picture >= ground).all()
+        rows, columns = (np.flatnonzero((picture > ground).any((axis, 2))) for axis in (1, 0))
+        heights.append(len(np.arange(rows[0], rows[-1] + 1)))
+        for first, last in ((rows[0], rows[-1]), (columns[0], columns[-1])):
+            assert abs((first + last) / 2 - 31.5) <= SHIFT + 0.5
+        assert 0.1 < picture.max() - ground <= 0.7 + 1 / 255
+    assert all(any(low - 2 <= height <= high for low, high in HEIGHTS) for height in heights)
+    assert all(any(low - 2 <= height <= high for height in heights) for low, high in HEIGHTS)
 
 
 @pytest.mark.parametrize(("key", "value", "least"), [("pictures", 3, 4), ("image_size", 63, 64)])
