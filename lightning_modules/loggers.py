@@ -194,7 +194,7 @@ class WandB(WandbLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        table = [[k, v] for k, v in self.experiment.summary._as_dict().items() if isinstance(v, int | float)]
+        table = [[k, v] for k, v in dict(self.experiment.summary).items() if isinstance(v, int | float)]
         if status == "success" and table:
             self.log_table("summary", columns=["metric", "value"], data=table)
 
