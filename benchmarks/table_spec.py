@@ -2,7 +2,7 @@
 
     # first comment: what `penstock list tables` says of it
     title: ...
-    metrics: [image_auroc, ...]        # names of metrics.json
+    metrics: [image_auroc, fid/1, fid/*]   # names of metrics.json; with a star that of the most network calls
     tiers:
       smoke:                           # smoke, small or paper
         note: what it takes
@@ -11,6 +11,7 @@
         runs:                            # a run may have `seeds` of its own
           - {row: tile, column: FastFlow, words: [experiment=..., "key={weights}"]}
           - {each: {data.category: [bottle, cable]}, column: ResNet-18, words: [experiment=...]}   # a row a value
+          - {row: tile, column: RK45, verb: test, checkpoint: an_experiment, words: [experiment=..., solver=rk45]}
     references:
       - name: paper, CaiT
         source: arXiv id or URL
@@ -18,7 +19,8 @@
         note: optional
         values: {image_auroc: {bottle: 1.0, mean: 0.994}}
 
-`{weights}` in a word stands for the file that the command line names.
+`{weights}` in a word stands for the file or folder that the command line names. `verb: test` scores without training,
+the `checkpoint` where there is one: an experiment (found, or trained first), a run folder or a file.
 """
 
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from penstock.lightning_modules.cli.conf import options
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
 TIERS = ("smoke", "small", "paper")
+VERBS = ("fit", "test")
 CERTAINTIES = ("confirmed", "recalled")
 MEAN = "mean"
 WEIGHTS = "{weights}"
@@ -38,19 +41,23 @@ WEIGHTS = "{weights}"
 
 @dataclass(frozen=True)
 class Run:
-    """One value of each metric: `penstock fit <words>`.
+    """One value of each metric: `penstock <verb> <words>`.
 
     Attributes:
         row: Line of the table.
         column: Column of the table, of our own numbers.
         words: Of the command line.
         seed: None is the one that the command line names.
+        verb: One of `VERBS`.
+        checkpoint: What `test` scores: an experiment, a run folder or a file; None where the words say it.
     """
 
     row: str
     column: str
     words: tuple[str, ...]
     seed: int | None = None
+    verb: str = "fit"
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,20 +173,32 @@ def _tier(path: Path, name: str, node: Any) -> Tier:
     runs: list[Run] = []
     cells: list[tuple[str, str]] = []
     for entry in node["runs"]:
-        entry = _checked(path, f"{place}.runs", entry, ("column", "words"), ("row", "each", "seeds"))
+        more = ("row", "each", "seeds", "verb", "checkpoint")
+        entry = _checked(path, f"{place}.runs", entry, ("column", "words"), more)
         if ("row" in entry) == ("each" in entry):
             raise UserError(f"{path}: {place}.runs: found {sorted(entry)}, expected one of row, each")
+        how = _verb(path, place, entry)
         seeds = _seeds(path, place, entry.get("seeds", node.get("seeds", [None])))
         if "row" in entry:
-            found = [Run(entry["row"], entry["column"], tuple(entry["words"]))]
+            found = [Run(entry["row"], entry["column"], tuple(entry["words"]), **how)]
         else:
             ((key, values),) = entry["each"].items()
-            found = [Run(str(value), entry["column"], (*entry["words"], f"{key}={value}")) for value in values]
+            found = [Run(str(value), entry["column"], (*entry["words"], f"{key}={value}"), **how) for value in values]
         cells += [(run.row, run.column) for run in found]
         runs += [replace(run, seed=seed) for run in found for seed in seeds]
     if double := next((cell for cell in cells if cells.count(cell) > 1), None):
         raise UserError(f"{path}: {place}.runs: two of row '{double[0]}' in column '{double[1]}', expected one")
     return Tier(name, node["note"], node["mean"], tuple(runs))
+
+
+def _verb(path: Path, place: str, entry: dict[str, Any]) -> dict[str, Any]:
+    verb, checkpoint = entry.get("verb", "fit"), entry.get("checkpoint")
+    if verb not in VERBS:
+        near = did_you_mean(str(verb), VERBS)
+        raise UserError(f"{path}: {place}.runs: verb '{verb}'{near}; expected {' or '.join(VERBS)}")
+    if checkpoint is not None and verb != "test":
+        raise UserError(f"{path}: {place}.runs: checkpoint '{checkpoint}' beside verb '{verb}', expected verb: test")
+    return {"verb": verb, "checkpoint": checkpoint}
 
 
 def _seeds(path: Path, place: str, seeds: Any) -> list[int | None]:

@@ -28,6 +28,7 @@ INLINE = re.compile(r"`(penstock [^`]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 PROGRAM = re.compile(r"(?:^|[\s/])penstock(?:\.lightning_modules)? (?P<words>[a-z-].*)$")
 CHECKPOINT, IMAGES = re.compile(r"^ckpt_path=.*"), re.compile(r"^images=.*")
+FOLDER, WEIGHTS = re.compile(r"^data=.*"), re.compile(r"^weights=.*")
 TINY = ["logger=csv", "callbacks=base", "callbacks.ema=null", "model.net.width=8", "model.net.blocks=1"]
 
 
@@ -117,6 +118,9 @@ def check(line):
         check_keys(verb, pieces(verb, words, EXPORT), EXPORT)
     elif verb == "compare":
         assert _run([verb, *("run" if "=" not in w else w for w in words)]) == 0
+    elif verb == "table":
+        words = [WEIGHTS.sub("weights=run/config.yaml", FOLDER.sub("data=run", w)) for w in words]
+        assert _run([verb, *words, "--dry-run"]) == 0
     elif verb == "flops":
         assert _run([verb, *words]) == 0
     elif verb == "list":

@@ -31,6 +31,7 @@ look
   export     penstock export ckpt_path=runs/.../checkpoints/last.ckpt format=onnx
   compare    penstock compare runs/a runs/b
   flops      penstock flops experiment=piip_digits net=piip_tsb_368
+  table      penstock table fastflow_mvtec tier=smoke
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
 options of fit/validate/test/predict
@@ -80,6 +81,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.flops import run_flops
 
         return run_flops(words)
+    if verb == "table":
+        from penstock.lightning_modules.cli.table import run_table
+
+        return run_table(words)
     if verb in ("fit", "validate", "test", "predict"):
         if "-m" in words or "--multirun" in words:
             from penstock.lightning_modules.cli.sweep import run_sweep
@@ -88,7 +93,20 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.verbs import run_verb
 
         return run_verb(verb, words)
-    verbs = ("fit", "validate", "test", "predict", "sample", "pairs", "encode", "export", "compare", "flops", "list")
+    verbs = (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "sample",
+        "pairs",
+        "encode",
+        "export",
+        "compare",
+        "flops",
+        "table",
+        "list",
+    )
     raise UserError(f"verb '{verb}': expected one of {', '.join(verbs)}{did_you_mean(verb, verbs)}")
 
 
@@ -106,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever reads has seen enough, as in `penstock list | head -1`
-        if argv and argv[0] not in PRINTS and "--print" not in argv:
+        if argv and argv[0] not in PRINTS and not {"--print", "--dry-run"} & {*argv}:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from penstock.lightning_modules.checkpoints import AtomicCheckpointIO, check_weights, load_checkpoint
 from penstock.lightning_modules.cli.explain import explain, first_complaint, with_whole_key
+from penstock.lightning_modules.cli.run_facts import write_facts
 from penstock.lightning_modules.cli.run_lock import claim, release
 from penstock.lightning_modules.errors import UserError
 
@@ -201,6 +202,8 @@ def run_lab(args: Any, restore_argv: Callable[[], None]) -> int:
     finally:
         release()
     if lab.trainer.is_global_zero and not lab.trainer.fast_dev_run:
+        if not lab.trainer.interrupted and lab.verb != "predict":
+            write_facts(lab.trainer, trained=lab.verb == "fit")
         print(_summary(lab.trainer))
     return 130 if lab.trainer.interrupted else 0
 

@@ -6,99 +6,21 @@ import shutil
 from statistics import fmean
 
 import pytest
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from penstock.benchmarks import tables
 from penstock.benchmarks.table_report import plot
 from penstock.benchmarks.table_rows import fit, key_of
 from penstock.benchmarks.table_spec import MEAN, read
 from penstock.lightning_modules.cli import main as penstock
-from penstock.lightning_modules.cli.compose import compose
+from penstock.lightning_modules.cli.compose import compose, hydra_words
 from penstock.lightning_modules.cli.conf import groups, options
+from penstock.lightning_modules.cli.table import run_table
 from penstock.lightning_modules.errors import UserError
+from tests.table_stubs import Stub, make, own_table, report
 
 TABLES = list(options("table"))
-SMALL = """\
-# a small table
-title: Digits
-metrics: [image_auroc, aupro]
-tiers:
-  smoke:
-    note: Seconds.
-    mean: true
-    runs:
-      - {row: file, column: ours, words: [experiment=fastflow_digits, "model.net.backbone.weights={weights}"]}
-      - {column: ours, words: [experiment=fastflow_digits], each: {data.normal: [3, 4]}}
-  paper:
-    note: Days.
-    mean: false
-    runs:
-      - {row: "3", column: ours, words: [experiment=fastflow_digits, data.normal=3, trainer.max_epochs=500]}
-references:
-  - name: others
-    source: arXiv 0000.00000
-    certainty: {default: recalled, mean: confirmed}
-    values: {image_auroc: {"3": 0.75, mean: 0.7}}
-  - name: elsewhere
-    source: arXiv 0000.00001
-    certainty: confirmed
-    values: {aupro: {file: 0.25}}
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A table of one's own, `small`; the function changes its text."""
-    monkeypatch.setenv("PENSTOCK_CONF", str(tmp_path / "conf"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("penstock.benchmarks.table_report.plot", lambda *_: None)
-    path = tmp_path / "conf" / "table" / "small.yaml"
-    path.parent.mkdir(parents=True)
-
-    def write(old="", new=""):
-        assert old in SMALL
-        path.write_text(SMALL.replace(old, new, 1) if old else SMALL)
-
-    write()
-    (tmp_path / "net.safetensors").touch()
-    return write
-
-
-class Stub:
-    """Runs nothing; leaves what a run would, and the words it was asked for."""
-
-    def __init__(self, auroc=(0.9, 0.8, 0.7), stop_at=None, fail_at=None):
-        self.auroc, self.stop_at, self.fail_at, self.asked = iter(auroc), stop_at, fail_at, []
-
-    def __call__(self, words, environment, log):
-        self.asked.append(words)
-        folder = log.parent
-        assert words[-1] == f"run_dir={folder}"
-        log.write_text("a line\n")
-        if self.stop_at == len(self.asked):
-            (folder / "checkpoints").mkdir()
-            (folder / "checkpoints" / "last.ckpt").touch()
-            raise KeyboardInterrupt
-        if self.fail_at == len(self.asked):
-            return 1
-        data = {"class_path": "x.OneClass", "init_args": {"data": {"init_args": {"batch_size": 32}}}}
-        config = {"seed_everything": 7, "data": data, "trainer": {"max_epochs": 20}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "metrics.json").write_text(json.dumps({"image_auroc": next(self.auroc), "val/loss": 1.0}))
-        return 0
-
-
-def make(stub, *words, code=0):
-    given = ["small", "--out", "out", "--weights", "net.safetensors", "--seed", "7", *words]
-    assert tables.main(given, stub) == code
-    return stub
-
-
-def report(folder, name="small_smoke"):
-    text = (folder / "out" / f"{name}.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return text, rows, json.loads((folder / "out" / f"{name}.json").read_text())
+own = pytest.fixture(own_table)
 
 
 def test_our_numbers_stand_beside_those_of_others(own, tmp_path):
@@ -120,7 +42,8 @@ def test_our_numbers_stand_beside_those_of_others(own, tmp_path):
     assert first["machine"].keys() >= {"cpu", "cores", "torch", "lightning", "commit"}
     assert first["seconds"] >= 0
     head = next(row for row in rows if "status" in row)
-    assert {"tier", "seed", "batch", "epochs", "wall time, s", "machine", "versions", "commit"} <= {*head}
+    assert {"tier", "seed", "global batch", "ranks", "NFE", "EMA", "split", "features", "length"} <= {*head}
+    assert {"wall time, s", "machine", "versions", "commit"} <= {*head}
 
 
 def test_the_plot_is_a_picture_also_of_unfinished_rows(tmp_path):
@@ -131,23 +54,22 @@ def test_the_plot_is_a_picture_also_of_unfinished_rows(tmp_path):
     assert width > height > 500
 
 
-def test_seeds_of_a_tier_make_a_mean_and_a_deviation(own, tmp_path, capsys):
+def test_seeds_of_a_tier_make_a_mean_and_a_deviation(own, tmp_path):
     own("note: Days.\n    mean: false", "note: Days.\n    mean: false\n    seeds: [3, 5, 9]")
-    given = ["small", "--out", "out", "--tier", "paper"]
+    given = ["small", "out=out", "tier=paper"]
     stub = Stub([0.7, 0.8, 0.9], stop_at=3)
-    assert tables.main(given, stub) == 130
+    assert run_table(given, stub) == 130
     assert [word for words in stub.asked for word in words if word.startswith("seed_everything")] == [
         f"seed_everything={seed}" for seed in (3, 5, 9)
     ]
     assert report(tmp_path, "small_paper")[1][2] == ["3", "0.750 +- 0.071 (2 of 3)", "0.750*"]
-    assert tables.main(given, Stub([0.9])) == 0
+    assert run_table(given, Stub([0.9])) == 0
     text, rows, record = report(tmp_path, "small_paper")
     assert rows[2] == ["3", "0.800 +- 0.100", "0.750*"]
     assert "3 of 3 runs finished" in text
     assert [row["metrics"]["image_auroc"] for row in record["rows"]] == [0.7, 0.8, 0.9]
-    capsys.readouterr()
-    assert tables.main([*given, "--seed", "1"], Stub()) == 2
-    assert "--seed 1: tier paper of small has seeds of its own" in capsys.readouterr().err
+    with pytest.raises(UserError, match="seed=1: tier paper of small has seeds of its own"):
+        run_table([*given, "seed=1"], Stub())
 
 
 def test_a_run_may_have_seeds_of_its_own(own, tmp_path):
@@ -170,7 +92,7 @@ def test_finished_rows_are_kept_by_their_configuration(own, tmp_path):
     assert len(make(Stub()).asked) == 3
     assert make(Stub()).asked == []
     assert report(tmp_path)[2]["rows"][1]["metrics"]["image_auroc"] == 0.8
-    assert len(make(Stub(), "--word", "trainer.max_epochs=3").asked) == 3
+    assert len(make(Stub(), "trainer.max_epochs=3").asked) == 3
     own("data.normal: [3, 4]", "data.normal: [4, 5]")
     (words,) = make(Stub(auroc=[0.6])).asked
     assert "data.normal=5" in words
@@ -216,7 +138,7 @@ def test_a_failed_row_is_shown_and_tried_again(own, tmp_path, capsys):
 
 
 def test_tiers_have_reports_of_their_own(own, tmp_path):
-    make(Stub(auroc=[0.5]), "--tier", "paper")
+    make(Stub(auroc=[0.5]), "tier=paper")
     _, rows, record = report(tmp_path, "small_paper")
     assert rows[2] == ["3", "0.500", "0.750*"]
     assert MEAN not in [row[0] for row in rows]
@@ -226,7 +148,7 @@ def test_tiers_have_reports_of_their_own(own, tmp_path):
 
 
 def test_dry_run_prints_commands_that_compose(own, tmp_path, capsys):
-    stub = make(Stub(), "--dry-run", "--data", ".", "--only", "3")
+    stub = make(Stub(), "--dry-run", "data=.", "only=3")
     assert stub.asked == []
     variable, program, verb, *words = shlex.split(capsys.readouterr().out)
     assert (variable, program, verb) == (f"PENSTOCK_DATA={tmp_path}", "penstock", "fit")
@@ -235,9 +157,88 @@ def test_dry_run_prints_commands_that_compose(own, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+TEST = """\
+      - {row: "3", column: scored, verb: test, checkpoint: net.safetensors, words: [experiment=fastflow_digits]}
+      - {row: "4", column: scored, verb: test, checkpoint: fastflow_digits, words: [experiment=fastflow_digits]}
+"""
+
+
+def test_a_test_row_scores_a_checkpoint_and_names_the_training_before_it(own, tmp_path, capsys, monkeypatch):
+    own(
+        "  paper:\n    note: Days.\n    mean: false\n    runs:\n",
+        f"  paper:\n    note: Days.\n    mean: false\n    runs:\n{TEST}",
+    )
+    given = ["small", "out=out", "tier=paper"]
+    assert run_table([*given, "--dry-run"]) == 0
+    scored, first, second, fitted = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+    assert scored[:-1] == [
+        "test",
+        "experiment=fastflow_digits",
+        "seed_everything=0",
+        "ckpt_path=net.safetensors",
+        "logger=csv",
+    ]
+    assert first == ["fit", "experiment=fastflow_digits", "run_dir=runs/fastflow_digits/table"]
+    assert "ckpt_path=runs/fastflow_digits/table/checkpoints/last.ckpt" in second
+    assert fitted[0] == "fit"
+    assert len({words[-1] for words in (scored, second, fitted)}) == 3, "a folder each"
+    looked_for = []
+
+    def find(checkpoint, key):
+        looked_for.append(checkpoint)
+        if len(looked_for) == 2:
+            raise UserError("its training ended with exit code 1")
+        return f"/found/{checkpoint}"
+
+    monkeypatch.setattr("penstock.benchmarks.table_rows.find_or_train", find)
+    stub = Stub()
+    assert run_table(given, stub) == 1, "the second has no checkpoint"
+    assert looked_for == ["net.safetensors", "fastflow_digits"]
+    assert [words[0] for words in stub.asked] == ["test", "fit"]
+    assert "ckpt_path=/found/net.safetensors" in stub.asked[0]
+    record = report(tmp_path, "small_paper")[2]
+    assert [row["exit_code"] for row in record["rows"]] == [0, 2, 0]
+    assert "ckpt_path=net.safetensors" in record["rows"][0]["words"]
+    assert "its training ended" in (tmp_path / "out" / "rows" / record["rows"][1]["key"] / "fit.log").read_text()
+
+
+def test_a_folder_of_weights_counts_by_what_is_named_in_it(own, tmp_path):
+    words = ["experiment=fastflow_digits"]
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    same = {key_of([*words, f"model.net.backbone.weights={folder}/one"], folder) for folder in folders}
+    assert len(same) == 1
+    assert key_of([*words, f"model.net.backbone.weights={folders[0]}/two"], folders[0]) not in same
+
+
+def test_a_row_that_finished_before_there_were_facts_gets_what_its_files_say(own, tmp_path):
+    make(Stub())
+    (folder, *_) = sorted((tmp_path / "out" / "rows").iterdir())
+    old = json.loads((folder / "result.json").read_text())
+    for key in ("ranks", "accumulation", "global_batch", "split", "features", "ema"):
+        old.pop(key)
+    (folder / "result.json").write_text(json.dumps(old))
+    assert make(Stub()).asked == []
+    (row,) = (row for row in report(tmp_path)[2]["rows"] if row["key"] == folder.name)
+    assert (row["global_batch"], row["ranks"], row["ema"]) == (32, None, "none")
+
+
+def test_scores_of_other_programs_are_metrics_of_their_row(own, tmp_path):
+    make(Stub())
+    (folder, *_) = sorted((tmp_path / "out" / "rows").iterdir())
+    (folder / "scores" / "2").mkdir(parents=True)
+    (folder / "scores" / "other.json").write_text('{"aupro": 0.25, "made_by": "a program"}')
+    (folder / "scores" / "2" / "geneval.json").write_text('{"geneval": 0.5, "geneval/colors": 0.75}')
+    make(Stub())
+    metrics = [row["metrics"] for row in report(tmp_path)[2]["rows"] if row["key"] == folder.name]
+    of_others = {"aupro": 0.25, "geneval/2": 0.5, "geneval/colors/2": 0.75}
+    assert metrics == [{"image_auroc": metrics[0]["image_auroc"], "val/loss": 1.0, **of_others}]
+
+
 def test_rows_can_be_run_one_by_one(own, tmp_path):
-    make(Stub(auroc=[0.8]), "--only", "3")
-    assert len(make(Stub(auroc=[0.7]), "--only", "4").asked) == 1
+    make(Stub(auroc=[0.8]), "only=3")
+    assert len(make(Stub(auroc=[0.7]), "only=4").asked) == 1
     rows = report(tmp_path)[1]
     assert rows[2:6] == [
         ["file", "", ""],
@@ -245,7 +246,7 @@ def test_rows_can_be_run_one_by_one(own, tmp_path):
         ["4", "0.700", ""],
         ["mean", "0.750 (2 of 3)", "0.700"],
     ]
-    assert tables.main(["small", "--out", "out", "--seed", "7", "--only", "4"], Stub()) == 0  # needs no weights
+    assert run_table(["small", "out=out", "seed=7", "only=4"], Stub()) == 0  # needs no weights
 
 
 def test_a_run_that_is_stopped_ends_before_its_table(own, tmp_path, monkeypatch):
@@ -274,15 +275,16 @@ def test_a_run_that_is_stopped_ends_before_its_table(own, tmp_path, monkeypatch)
     ("words", "parts"),
     [
         (["smal"], ["table 'smal'", "did you mean 'small'?"]),
-        (["small", "--only", "5"], ["--only 5: no such row", "file, 3, 4"]),
-        (["small", "--tier", "small"], ["no tier 'small'", "smoke, paper"]),
-        (["small"], ["row 'file'", "--weights FILE"]),
-        (["small", "--weights", "none.pth"], ["none.pth: no such file"]),
-        (["small", "--data", "none"], ["none: no such folder"]),
+        (["small", "only=5"], ["only=5: no such row", "file, 3, 4"]),
+        (["small", "tier=small"], ["no tier 'small'", "smoke, paper"]),
+        (["small"], ["row 'file'", "weights=FILE"]),
+        (["small", "weights=none.pth"], ["none.pth: no such file"]),
+        (["small", "data=none"], ["none: no such folder"]),
+        (["small", "weights=net.safetensors", "run=4"], ["run=4: no such run; expected 1 to 3"]),
     ],
 )
 def test_mistakes(words, parts, own, capsys):
-    assert tables.main(words, Stub()) == 2
+    assert penstock(["table", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     for part in parts:
@@ -299,6 +301,8 @@ def test_mistakes(words, parts, own, capsys):
         ("note: Days.\n    ", "", ["tiers.paper: no note"]),
         ("[3, 4]", "[3, 3]", ["two of row '3' in column 'ours'"]),
         ("row: file, ", "", ["expected one of row, each"]),
+        ("row: file, ", "row: file, verb: tset, ", ["verb 'tset' (did you mean 'test'?)"]),
+        ("row: file, ", "row: file, checkpoint: a, ", ["checkpoint 'a' beside verb 'fit'"]),
         ("metrics: [", "metrics: [[", ["can't be read as YAML"]),
     ],
 )
@@ -311,18 +315,25 @@ def test_a_damaged_file_is_named(old, new, parts, own):
         assert part in str(error.value)
 
 
+NO_SHARES = ("gflops", "parameters_m", "fid/", "rfid", "clip_score/", "psnr", "dpg/", "vbench")
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_shipped_tables_are_read_and_their_runs_compose(name, tmp_path):
-    table = read(name)
-    for tier in table.tiers.values():
-        first = {run.column: run for run in reversed(tier.runs)}
-        for run in first.values():
-            words = [word.replace("{weights}", "w.safetensors") for word in run.words]
-            assert words[0].startswith(f"experiment={name.partition('_')[0]}_")
-            assert compose(words)[0]["model"]["class_path"].startswith("penstock.lightning_modules.")
+def test_shipped_tables_are_read_and_their_runs_compose(name):
+    table, parser, first = read(name), OverridesParser.create(), {}
+    for run in (run for tier in table.tiers.values() for run in tier.runs):
+        words = [word.replace("{weights}", "w.safetensors") for word in run.words]
+        assert words[0].startswith("experiment=")
+        assert run.checkpoint is None or run.checkpoint in options("experiment")
+        parser.parse_overrides(hydra_words(words))
+        keys = {word.partition("=")[0] for word in words if word.startswith("~")}
+        chosen = keys | {word for word in words if word.partition("=")[0] in groups()}
+        first.setdefault(frozenset(chosen), words)
+    for words in first.values():
+        assert compose(words)[0]["model"]["class_path"].startswith("penstock.lightning_modules.")
     for ref in table.references:
         for metric, values in ref.values.items():
-            assert all(0 < value <= (1e5 if metric in ("gflops", "parameters_m") else 1) for value in values.values())
+            assert all(0 < value <= (1e5 if metric.startswith(NO_SHARES) else 1) for value in values.values())
             if len(values) > 10 and MEAN in values:
                 assert fmean(v for row, v in values.items() if row != MEAN) == pytest.approx(values[MEAN], abs=6e-4)
 
@@ -340,7 +351,8 @@ def test_mvtec_has_all_categories_and_the_means_of_the_paper():
 def test_best_pixel_auroc_beside_others_best_is_of_the_epoch_that_is_best_in_it():
     table = read("fastflow_mvtec")
     assert any("best_on_test/pixel_auroc" in ref.values for ref in table.references)
-    for run in (run for tier in ("small", "paper") for run in table.tier(tier).runs):
+    columns = {(tier, run.column): run for tier in ("small", "paper") for run in table.tier(tier).runs}
+    for run in columns.values():
         tree = compose(list(run.words))[0]["trainer"]["callbacks"]
         (metrics,) = (callback for callback in tree if callback["class_path"].endswith(".AnomalyMetrics"))
         assert metrics["init_args"]["monitor"] == "pixel_auroc"
