@@ -21,7 +21,8 @@ HEADS = 4  # of interactions: widths of these models have few factors
 class EfficientNetBranch(nn.Module):
     """Maps of the first stages of a timm `EfficientNet` as tokens, row by row; its blocks in groups.
 
-    Running statistics of norms do not move.
+    With `norm_eval` running statistics of norms do not move; else, as with random weights, those of what trains take
+    the statistics of batches.
 
     Args:
         model: timm model name, such as `mobilenetv2_100`, or `hf-hub:<owner>/<name>`.
@@ -30,6 +31,7 @@ class EfficientNetBranch(nn.Module):
         groups: Numbers of blocks in each group, or how many groups of equal length.
         weights: `hub`, a file of the whole model's state dict, or `random`.
         frozen: How many stages do not train; with one the stem doesn't either.
+        norm_eval: See above.
         pad_type: `same` for models with TensorFlow's padding; None is the model's own.
 
     Attributes:
@@ -49,6 +51,7 @@ class EfficientNetBranch(nn.Module):
         groups: int | Sequence[int],
         weights: str = "hub",
         frozen: int = 2,
+        norm_eval: bool = True,
         pad_type: Literal["same"] | None = None,
     ):
         super().__init__()
@@ -57,7 +60,7 @@ class EfficientNetBranch(nn.Module):
             raise UserError(f"stages: found {stages}, expected 1 to {len(net.blocks)} of {model}")
         if not 0 <= frozen <= stages:
             raise UserError(f"frozen: found {frozen}, expected 0 to {stages}, the stages of {model} that there are")
-        self.model, self.size, self.weights = model, size, weights
+        self.model, self.size, self.weights, self.norm_eval = model, size, weights, norm_eval
         self.conv_stem, self.bn1, self.blocks = net.conv_stem, net.bn1, net.blocks[:stages]
         self.depth = sum(len(stage) for stage in self.blocks)
         self.bounds = bounds(groups, self.depth, f"{stages} stages of {model}")
@@ -81,7 +84,7 @@ class EfficientNetBranch(nn.Module):
     def train(self, mode: bool = True) -> "EfficientNetBranch":
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and (self.norm_eval or not module.weight.requires_grad):
                 module.eval()
         return self
 
@@ -118,6 +121,7 @@ def efficientnet_backbone(
     groups: Sequence[Sequence[int]],
     weights: str = "hub",
     frozen: int = 2,
+    norm_eval: bool = True,
     pad_type: Literal["same"] | None = None,
     interactions: bool = True,
     drop_path: float = 0.0,
@@ -132,6 +136,7 @@ def efficientnet_backbone(
         groups: Numbers of blocks in the groups of each.
         weights: See `EfficientNetBranch`.
         frozen: Likewise.
+        norm_eval: Likewise.
         pad_type: Likewise.
         interactions: Whether there are any.
         drop_path: Of them.
@@ -146,7 +151,7 @@ def efficientnet_backbone(
             "for every branch"
         )
     branches = [
-        EfficientNetBranch(model, size, count, numbers, weights, frozen, pad_type)
+        EfficientNetBranch(model, size, count, numbers, weights, frozen, norm_eval, pad_type)
         for size, count, numbers in zip(sizes, stages, groups)
     ]
     unit = partial(InteractionUnit, heads=HEADS, drop_path=drop_path) if interactions else None

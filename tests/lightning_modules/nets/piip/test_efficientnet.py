@@ -25,7 +25,7 @@ def as_map(state) -> torch.Tensor:
     return state.tokens.transpose(1, 2).unflatten(2, state.grid)
 
 
-def moved(net: nn.Module) -> nn.Module:
+def shaken(net: nn.Module) -> nn.Module:
     """With running statistics that are not those of the start."""
     for name, value in net.named_buffers():
         if name.endswith(("mean", "var")):
@@ -37,7 +37,7 @@ def moved(net: nn.Module) -> nn.Module:
 def test_maps_are_those_of_timms_stages(tmp_path, pad_type):
     torch.manual_seed(0)
     options = {"pad_type": pad_type} if pad_type else {}
-    net = moved(timm.create_model(NAME, **options)).eval()
+    net = shaken(timm.create_model(NAME, **options)).eval()
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     one = branch(stages=7, groups=BLOCKS, weights=str(tmp_path / "net.safetensors"), pad_type=pad_type)
     one.load()
@@ -76,6 +76,14 @@ def test_norms_stand_still_and_first_stages_do_not_train():
         name for name, _ in one.named_parameters() if name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1."))
     }
     assert all(value.requires_grad for value in branch(frozen=0).parameters())
+
+
+def test_norms_that_train_take_the_statistics_of_batches():
+    one = branch(frozen=2, norm_eval=False).train()
+    before = {name: value.clone() for name, value in one.named_buffers()}
+    one.run(2, one.run(1, one.run(0, one.embed(torch.rand(2, 3, 64, 64)))))
+    moved = {name.split(".")[1] for name, value in one.named_buffers() if not torch.equal(value, before[name])}
+    assert moved == {"2", "3", "4"}
 
 
 def test_a_backbone_costs_no_more_than_its_larger_branch_alone():
