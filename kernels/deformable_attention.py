@@ -95,7 +95,7 @@ def _levels(
     parts = value.to(wide).split([height * width for height, width in shapes], 1)
     grids = (2 * locations.to(wide) - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
     for part, shape, grid, weight in zip(parts, shapes, grids, weights.to(wide).permute(3, 0, 2, 4, 1)):
-        maps = part.permute(0, 2, 3, 1).reshape(len(grid), part.shape[3], *shape)
+        maps = part.permute(0, 2, 3, 1).reshape(grid.shape[0], part.shape[3], *shape)
         yield maps, grid, weight.flatten(0, 1)[:, None]
 
 

@@ -13,6 +13,7 @@ from penstock.lightning_modules.errors import UserError
 
 Kind = Literal["onnx", "torch", "ncnn"]
 EXTRAS = {"onnx": "export", "ncnn": "ncnn"}
+ONNX_LIMIT = 2**31  # bytes of a file
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "torch": (), "ncnn": ("onnx", "onnxscript", "pnnx", "ncnn")}
 
 
@@ -44,7 +45,13 @@ def exported(
         kind: `onnx`, or `torch`, which `torch.export.load(file).module()` reads.
         file: Where to.
         batch: Number of samples that the file is for; 0 is any.
+
+    Raises:
+        UserError: more weights than a file of ONNX can hold.
     """
+    size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    if kind == "onnx" and size >= ONNX_LIMIT:
+        raise UserError(f"format=onnx: found {size / 1e9:.1f} GB of weights, expected less than 2; take format=torch")
     example = example if isinstance(example, dict) else {"image": example}
     inputs = tuple(x[:1].repeat(batch or 2, *[1] * (x.ndim - 1)) for x in example.values())
     dynamic = None if batch else ({0: torch.export.Dim("batch")},) * len(inputs)

@@ -55,9 +55,13 @@ def exported_ncnn(module: nn.Module, example: Tensor, outputs: list[str], file: 
         Names of the outputs written.
 
     Raises:
-        UserError: the module holds an operator that can't be written, or the files give something else than it does.
+        UserError: none of the outputs is a map, the module holds an operator that can't be written, or the files give
+            something else than it does.
     """
-    kept = [k for k, found in enumerate(module(example)) if found.ndim == 4]
+    given = module(example)
+    kept = [k for k, found in enumerate(given if isinstance(given, tuple) else (given,)) if found.ndim == 4]
+    if not kept:
+        raise UserError(f"format=ncnn: found {', '.join(outputs)}, expected maps among them; take format=onnx or torch")
     both = [Maps(module, kept), Maps(getattr(module, "probe", lambda _: module)(example), kept)]
     with TemporaryDirectory() as folder:
         files = [_converted(maps, example, Path(folder) / str(k)) for k, maps in enumerate(both)]

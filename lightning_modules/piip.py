@@ -5,15 +5,18 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.exporting_classes import Exportable, exportable_classifier
 from penstock.lightning_modules.layer_decay import layer_optimizers
 from penstock.lightning_modules.nets.piip.classifier import PiipClassifier
 from penstock.lightning_modules.nets.piip.costs import Costs, costs
-from penstock.lightning_modules.training import log_mean
+from penstock.lightning_modules.training import keep_converted, log_mean
+from penstock.lightning_modules.weights.piip import load_released
 
 
 class Piip(LightningModule):
@@ -30,6 +33,8 @@ class Piip(LightningModule):
         layer_decay: Factor of the learning rate from each layer of the branches to the one before.
         mean: Of RGB values in [0, 1], what images are normalised by.
         std: Likewise.
+        initial: Checkpoint whose raw weights it starts from, or the authors' file, see `load_released`; None are the
+            branches' own.
 
     Attributes:
         classes: Names of the classes of the data it was trained on.
@@ -50,6 +55,7 @@ class Piip(LightningModule):
         layer_decay: float = 1.0,
         mean: tuple[float, ...] = (0.5,),
         std: tuple[float, ...] = (0.5,),
+        initial: str | None = None,
     ):
         super().__init__()
         for name, value, above in (("mixup", mixup, None), ("cutmix", cutmix, None), ("smoothing", smoothing, 1)):
@@ -57,23 +63,26 @@ class Piip(LightningModule):
                 raise UserError(f"model.{name}: found {value}, expected at least 0{' and below 1' if above else ''}")
         self.net, self.optimizer, self.scheduler, self.smoothing = net, optimizer, scheduler, smoothing
         self.outside_lr, self.layer_decay = outside_lr, layer_decay
+        if net.merged is None and net.token == "class":
+            net.pyramid.interactions[-1].requires_grad_(False)  # no class token sees it: DDP would wait for gradients
         kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
         with torch.device("cpu"):  # their laws, also where the weights are on the meta device
             mixers = [kind(alpha=alpha, num_classes=net.num_classes) for kind, alpha in kinds.items() if alpha]
         self.mixing = v2.RandomChoice(mixers) if mixers else None
         self.classes: list[str] = []
-        self.initial: str | None = ", ".join(branch.weights for branch in net.pyramid.branches)
+        self.initial: str | None = initial or ", ".join(branch.weights for branch in net.pyramid.branches)
+        self.file, self.released = initial, False
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Loads pretrained weights, unless a checkpoint brings all.
+        """Loads weights, unless a checkpoint brings all.
 
         Raises:
-            UserError: no weights, or data of other classes or another size.
+            UserError: no weights or those of another model, or data of other classes or another size.
         """
         if self.initial:
-            self.net.load()
+            self._start()
             self.initial = None
         data, (side, _) = self.trainer.datamodule, self.image_size
         if tuple(data.shape[1:]) != (side, side):
@@ -85,6 +94,17 @@ class Piip(LightningModule):
             found, expected = self.net.num_classes, data.num_classes
             raise UserError(f"num_classes: found {found}, expected {expected}, the data's classes")
         self.classes = list(data.class_names)
+
+    def _start(self) -> None:
+        if not self.file:
+            self.net.load()
+            return
+        self.released = load_released(self.net, self.file, "classifier")
+        if self.released and self.net.merged is None and self.net.token != "first_patch":
+            rank_zero_warn(
+                f"model.net.token: found {self.net.token}, but the authors' classifiers read the upper left patch; "
+                "expected model.net.token=first_patch, unless they are trained on"
+            )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -127,13 +147,27 @@ class Piip(LightningModule):
         for name, value in values.items():
             log_mean(self, name, value)
 
+    def on_validation_end(self) -> None:
+        """`validate` of the authors' weights leaves the model in `checkpoints/converted.ckpt`."""
+        if self.released:
+            keep_converted(self)
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """`index` `(B,)` and `probabilities` `(B, K)`."""
         return {"index": batch["index"], "probabilities": self(batch["image"]).float().softmax(1)}
 
     def costs(self) -> Costs:
         """What `penstock flops` prints; of a model on the meta device."""
-        return costs(self.net, self.net.pyramid.branches[-1].patch_embed.in_channels)
+        return costs(self.net, self._channels)
+
+    def exportable(self) -> Exportable:
+        """What `penstock export` writes, see `exportable_classifier`."""
+        shape = (self._channels, *self.image_size)
+        return exportable_classifier(self.net, self.mean, self.std, self.classes, shape)
+
+    @property
+    def _channels(self) -> int:
+        return self.net.pyramid.branches[-1].patch_embed.in_channels
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with its scheduler by steps, of groups of learning rates where these differ."""

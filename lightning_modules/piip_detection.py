@@ -10,6 +10,7 @@ from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.piip.costs import Costs, costs
 from penstock.lightning_modules.nets.piip.dense import MergedPyramid
 from penstock.lightning_modules.sepc import Sepc
+from penstock.lightning_modules.weights.piip import load_released
 
 
 class PiipDetector(Sepc):
@@ -20,6 +21,8 @@ class PiipDetector(Sepc):
         optimizer: Of all that trains.
         scheduler: By steps.
         layer_decay: Factor of the learning rate from each layer of the branches to the one before.
+        initial: Checkpoint whose raw weights it starts from, or the authors' file of Mask R-CNN, see `load_released`;
+            None are the pretrained branches.
 
     Raises:
         UserError: a network on another backbone, or a factor out of range.
@@ -31,6 +34,7 @@ class PiipDetector(Sepc):
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None = None,
         layer_decay: float = 1.0,
+        initial: str | None = None,
     ):
         super().__init__(net, optimizer, scheduler)
         if not 0 < layer_decay <= 1:
@@ -40,7 +44,18 @@ class PiipDetector(Sepc):
             raise UserError(
                 f"model.net.backbone: found {found}, expected a pyramid; model=sepc trains detectors on others"
             )
-        self.layer_decay = layer_decay
+        self.layer_decay, self.file = layer_decay, initial
+
+    def setup(self, stage: str) -> None:
+        """As `Sepc`.
+
+        Raises:
+            UserError: as `Sepc` and `load_released`, or a file of the authors for another network than Mask R-CNN.
+        """
+        if self.initial and self.file:
+            self.released = load_released(self.net, self.file, "detector")
+            self.initial = None
+        super().setup(stage)
 
     def costs(self) -> Costs:
         """What `penstock flops` prints of the backbone; of a model on the meta device."""

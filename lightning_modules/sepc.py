@@ -1,17 +1,17 @@
 """SEPC, arXiv 2005.03101: detectors with a pyramid convolution neck, and the same detectors without it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from penstock.datamodules.detection_transforms import Resizing, padded, resized
+from penstock.lightning_modules.callbacks.ranks import sum_over_ranks
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.pasting import pasted
 from penstock.lightning_modules.detection.selection import Found
@@ -19,14 +19,15 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.exporting_detector import exportable_detector
 from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.pyramid_conv import PyramidConv
-from penstock.lightning_modules.training import log_mean, optimizers
+from penstock.lightning_modules.training import keep_converted, optimizers
 
 
 class Sepc(LightningModule):
     """Trains a detector: one-stage with a neck and a host, or two-stage with pyramid convolutions.
 
-    As in the official code, integrated batch norms take the statistics of a rank's images, and losses are divided by
-    the number of a rank's positives: training on several ranks is not that on one.
+    Losses are divided by the number of all ranks' positives, and (integrated) batch norms take the statistics of all
+    ranks' images (`SyncNorms`), so that training on several ranks is that on one; in the official code both are of a
+    rank's own images.
 
     Args:
         net: Gives `losses` and `detections`.
@@ -36,6 +37,7 @@ class Sepc(LightningModule):
     Attributes:
         classes: Name and id of every class of the data it was trained on.
         resizing: How these were resized, as pictures of a folder are.
+        released: Whether the weights are another program's.
         pad_multiple: What each of them is padded to a multiple of, before it is padded to the size of its batch; no
             anchor lies in the latter.
     """
@@ -47,6 +49,7 @@ class Sepc(LightningModule):
         self.classes: list[tuple[str, int]] = []
         self.resizing: Resizing | None = None
         self.pad_multiple, self._told_by_data = 1, False
+        self.released = net.origin is not None
         if origin := net.origin:
             self.classes, self.pad_multiple = origin.classes, origin.pad_multiple
             self.resizing = Resizing((origin.side,), origin.longest)
@@ -74,12 +77,13 @@ class Sepc(LightningModule):
 
     def on_fit_start(self) -> None:
         """Warns of statistics of a single image."""
-        batch, world = self.trainer.datamodule.batch_size, self.trainer.world_size
-        if batch == world and any(isinstance(m, PyramidConv) and m.bn is not None for m in self.net.modules()):
+        if self.trainer.datamodule.batch_size == 1 and any(
+            isinstance(m, PyramidConv) and m.bn is not None for m in self.net.modules()
+        ):
             rank_zero_warn(
-                f"data.batch_size: found {batch}, one image a rank; integrated batch norm then has its statistics of a "
-                "single image, and those that it keeps for evaluation are noisy; expected about four images a rank, "
-                f"data.batch_size={4 * world}, or a neck without it (neck=pconv, neck=towers)"
+                "data.batch_size: found 1; integrated batch norm then has its statistics of a single image, and those "
+                "that it keeps for evaluation are noisy; expected about four images, data.batch_size=4, or a neck "
+                "without it (neck=pconv, neck=towers)"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -129,8 +133,9 @@ class Sepc(LightningModule):
         losses, found = self.net.evaluated(batch["image"], *self._targets(batch), *_sizes(batch))
         if losses:
             values = {"loss": sum(losses.values()), **{f"{name}_loss": value for name, value in losses.items()}}
+            images = int(sum_over_ranks(torch.tensor(len(found), device=self.device)))
             for name, value in values.items():
-                log_mean(self, f"val/{name}", value.expand(len(found)))
+                self.log(f"val/{name}", value, batch_size=images, on_epoch=True, sync_dist=True)
         return _columns(batch, found)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -139,15 +144,8 @@ class Sepc(LightningModule):
 
     def on_validation_end(self) -> None:
         """`validate` of weights of another program leaves the model in `checkpoints/converted.ckpt`."""
-        trainer = self.trainer
-        if (
-            self.net.origin
-            and trainer.state.fn == TrainerFn.VALIDATING
-            and not (trainer.ckpt_path or trainer.fast_dev_run)
-        ):
-            path = Path(trainer.default_root_dir, "checkpoints", "converted.ckpt")
-            trainer.save_checkpoint(path)
-            rank_zero_info(f"converted: {path}")
+        if self.released:
+            keep_converted(self)
 
     def on_predict_start(self) -> None:
         """Refuses predictions that nobody could name.

@@ -1,8 +1,11 @@
 """What methods of all families do alike: fit the data, start from weights, make an optimiser, score a split."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights, raw_weights
@@ -44,6 +47,16 @@ def start_from_initial(module: LightningModule) -> None:
     if module.initial:
         own = module.initial_weights(raw_weights(load_checkpoint(module.initial)))
         load_weights(module.net, {"state_dict": own}, f"model.initial={module.initial}")
+
+
+def keep_converted(module: LightningModule) -> None:
+    """At the end of `validate`, leaves a model with weights of another program in `checkpoints/converted.ckpt`."""
+    trainer = module.trainer
+    if trainer.state.fn != TrainerFn.VALIDATING or trainer.ckpt_path or trainer.fast_dev_run:
+        return
+    path = Path(trainer.default_root_dir, "checkpoints", "converted.ckpt")
+    trainer.save_checkpoint(path)
+    rank_zero_info(f"converted: {path}")
 
 
 def net_weights(state: dict[str, Any]) -> dict[str, Any]:

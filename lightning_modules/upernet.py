@@ -11,19 +11,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.datamodules.detection_transforms import Resizing, resized
-from penstock.lightning_modules.callbacks.ranks import largest
+from penstock.lightning_modules.callbacks.ranks import largest, shared_count
 from penstock.lightning_modules.class_masks import AT_ONCE, IGNORED, pixel_loss, resized_scores, slid, window_places
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.exporting_classes import Exportable, exportable_segmenter
 from penstock.lightning_modules.layer_decay import layer_optimizers
+from penstock.lightning_modules.nets.piip.costs import Costs, costs
 from penstock.lightning_modules.nets.piip.dense import MergedPyramid
 from penstock.lightning_modules.nets.upernet import SegmentationNet
-from penstock.lightning_modules.training import log_mean, optimizers
+from penstock.lightning_modules.training import keep_converted, log_mean, optimizers
+from penstock.lightning_modules.weights.piip import load_released
 
 
 class UperNet(LightningModule):
     """Trains a network that scores pixels; on a pyramid, biases and other vectors have no weight decay.
 
-    Losses are means over the pixels of a rank's images that have a class.
+    Losses are means over the pixels of all ranks' images that have a class.
 
     Args:
         net: Gives scores.
@@ -34,6 +37,8 @@ class UperNet(LightningModule):
         window: Side of windows, pixels, in which images are evaluated; None as a whole.
         stride: From one window to the next, pixels; their scores are averaged where they overlap. None is the window.
         pad_multiple: Images and windows are padded to multiples of it, for a backbone whose grids need that.
+        initial: Checkpoint whose raw weights it starts from, or a file of PIIP's authors, see `load_released`; None are
+            the backbone's own.
 
     Attributes:
         classes: Names of the classes of the data it was trained on.
@@ -53,6 +58,7 @@ class UperNet(LightningModule):
         window: int | None = None,
         stride: int | None = None,
         pad_multiple: int = 32,
+        initial: str | None = None,
     ):
         super().__init__()
         if not 0 < layer_decay <= 1:
@@ -72,7 +78,8 @@ class UperNet(LightningModule):
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.auxiliary, self.layer_decay, self.pad_multiple = auxiliary, layer_decay, pad_multiple
         self.window, self.stride = window, stride or window
-        self.initial: str | None = net.backbone.weights
+        self.initial: str | None = initial or net.backbone.weights
+        self.file, self.released = initial, False
         self.classes: list[str] = []
         self.resizing: Resizing | None = None
         self._told_by_data = self._sharded = False
@@ -80,14 +87,17 @@ class UperNet(LightningModule):
     image_size = None  # of pictures of a folder: any, one in a batch
 
     def setup(self, stage: str) -> None:
-        """Loads the backbone, unless a checkpoint brings it.
+        """Loads `initial` or the backbone, unless a checkpoint brings all.
 
         Raises:
-            UserError: no weights, data of other classes, or batches of one image, of which the norm behind the pool of
-                a single cell has no statistics.
+            UserError: no weights or those of another model, data of other classes, or batches of one image, of which
+                the norm behind the pool of a single cell has no statistics.
         """
         if self.initial:
-            self.net.backbone.load()
+            if self.file:
+                self.released = load_released(self.net, self.file, "segmenter")
+            else:
+                self.net.backbone.load()
             self.initial = None
         self._sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         data, own = self.trainer.datamodule, self.net.num_classes
@@ -131,7 +141,10 @@ class UperNet(LightningModule):
         return self(image) if self.window is None else slid(self, image, self.window, self.stride)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = dict(zip(("decode", "auxiliary"), (pixel_loss(s, batch["mask"]) for s in self.net(batch["image"]))))
+        counted = (batch["mask"] != IGNORED).sum()
+        share = counted / shared_count(counted)
+        scores = self.net(batch["image"])
+        losses = {n: share * pixel_loss(s, batch["mask"]) for n, s in zip(("decode", "auxiliary"), scores)}
         loss = losses["decode"] + self.auxiliary * losses.get("auxiliary", 0)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             values = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
@@ -177,6 +190,11 @@ class UperNet(LightningModule):
             return 1
         return -(-len(sizes) * len(window_places(sizes[0][:2], self.window, self.stride)) // AT_ONCE)
 
+    def on_validation_end(self) -> None:
+        """`validate` of the authors' weights leaves the model in `checkpoints/converted.ckpt`."""
+        if self.released:
+            keep_converted(self)
+
     def on_predict_start(self) -> None:
         """Refuses predictions that nobody could name.
 
@@ -205,6 +223,21 @@ class UperNet(LightningModule):
         small = torch.stack([resized(one, size) for one in pixels]).to(image.dtype) / 127.5 - 1
         sizes = torch.tensor(size, device=image.device).expand(len(image), 2)
         return {**batch, "image": small, "size": sizes}
+
+    def exportable(self, image_size: tuple[int, int] | None = None) -> Exportable:
+        """What `penstock export` writes, see `exportable_segmenter`."""
+        own = self.classes, self.resizing, self.pad_multiple, self.window, self.stride
+        return exportable_segmenter(self.net, *own, image_size)
+
+    def costs(self) -> Costs:
+        """What `penstock flops` prints; of a model on the meta device.
+
+        Raises:
+            UserError: no pyramid.
+        """
+        if not self.on_pyramid:
+            raise UserError(f"flops: counts pyramids by their parts, found {self.net.backbone.about}")
+        return costs(self.net, place="backbone")
 
     def configure_optimizers(self) -> Any:
         if not self.on_pyramid:

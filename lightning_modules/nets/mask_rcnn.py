@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
 from penstock.lightning_modules.detection.selection import Found
@@ -33,7 +32,7 @@ class MaskDetector(TwoStageDetector):
     def __init__(self, backbone: MapBackbone, num_classes: int, channels: int = 256, layers: int = 0, **more: Any):
         super().__init__(backbone, num_classes, channels, layers, **more)
         heads = self.net.roi_heads
-        heads.mask_roi_pool = MultiScaleRoIAlign(heads.box_roi_pool.featmap_names, WINDOW, 2)
+        heads.mask_roi_pool = self._regions(heads.box_roi_pool.featmap_names, WINDOW)
         heads.mask_head = MaskRCNNHeads(channels, (channels,) * 4, 1)
         heads.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes + 1)
 

@@ -11,9 +11,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 from penstock.lightning_modules.detection.host import Objects
+from penstock.lightning_modules.detection.proposals import SharedSampler, shares_of_ranks
 from penstock.lightning_modules.detection.ranges import at_least
 from penstock.lightning_modules.detection.selection import Found
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.nets.aligned_regions import AlignedRegions, ExactAnchors
 from penstock.lightning_modules.nets.detector import BoxNetwork
 from penstock.lightning_modules.nets.feature_pyramid import FeaturePyramid
 from penstock.lightning_modules.nets.map_backbone import MapBackbone
@@ -64,6 +66,7 @@ class TwoStageDetector(BoxNetwork):
         hidden: Width of the boxes' head.
         samples: Proposals of an image that the boxes' head is trained on; that of proposals has half as many.
         proposals: Best ones of an image in training and in evaluation, which the head makes boxes of.
+        aligned: Regions and anchors as mmdetection has them, see `AlignedRegions`, in place of torchvision's.
 
     Raises:
         UserError: maps of other strides, or a number out of range.
@@ -81,6 +84,7 @@ class TwoStageDetector(BoxNetwork):
         hidden: int = 1024,
         samples: int = 512,
         proposals: tuple[int, int] = (2000, 1000),
+        aligned: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -97,10 +101,12 @@ class TwoStageDetector(BoxNetwork):
             )
         levels = Levels(backbone, channels, layers, ibn, deformable)
         strides = [finest * 2**level for level in range(levels.pyramid.levels)]
+        self.region_strides = strides[:-1] if aligned else None
+        anchors = ExactAnchors if aligned else AnchorGenerator
         self.net = FasterRCNN(
             levels,
-            rpn_anchor_generator=AnchorGenerator(tuple((anchor * s,) for s in strides), (RATIOS,) * len(strides)),
-            box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(strides) - 1)], WINDOW, 2),
+            rpn_anchor_generator=anchors(tuple((anchor * s,) for s in strides), (RATIOS,) * len(strides)),
+            box_roi_pool=self._regions([str(level) for level in range(len(strides) - 1)], WINDOW),
             box_head=TwoMLPHead(channels * WINDOW**2, hidden),
             box_predictor=FastRCNNPredictor(hidden, num_classes + 1),
             rpn_batch_size_per_image=samples // 2,
@@ -108,6 +114,15 @@ class TwoStageDetector(BoxNetwork):
             rpn_post_nms_top_n_test=proposals[1],
             box_batch_size_per_image=samples,
         )
+        for part in (self.net.rpn, self.net.roi_heads):
+            own = part.fg_bg_sampler
+            part.fg_bg_sampler = SharedSampler(own.batch_size_per_image, own.positive_fraction)
+
+    def _regions(self, names: list[str], size: int) -> nn.Module:
+        """What is seen of proposals, so many cells of a side."""
+        if self.region_strides is None:
+            return MultiScaleRoIAlign(names, size, 2)
+        return AlignedRegions(names, size, self.region_strides)
 
     @property
     def backbone(self) -> MapBackbone:
@@ -118,9 +133,12 @@ class TwoStageDetector(BoxNetwork):
         self.net.backbone.compile(*args, **kwargs)
 
     def losses(self, image: Tensor, objects: Sequence[Objects], padded: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Losses of proposals and of boxes, scalars by name."""
+        """Losses of proposals and of boxes, scalars by name. Their means over the ranks are those of one rank."""
         _, losses = self._run(image, padded, [self._target(one) for one in objects])
-        return {name.removeprefix("loss_"): value for name, value in losses.items()}
+        of_proposals, of_boxes = shares_of_ranks([self.net.rpn.fg_bg_sampler, self.net.roi_heads.fg_bg_sampler])
+        shares = {"objectness": of_proposals[0], "rpn_box_reg": of_proposals[0], "mask": of_boxes[1]}
+        named = {name.removeprefix("loss_"): value for name, value in losses.items()}
+        return {name: value * shares.get(name, of_boxes[0]) for name, value in named.items()}
 
     def detections(self, image: Tensor, sizes: Sequence[Sequence[int]], scales: Tensor) -> list[Found]:
         """Boxes of every image, see `BoxNetwork`."""

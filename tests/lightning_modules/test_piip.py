@@ -101,8 +101,10 @@ def test_layer_decay():
     model = module(layer_decay=0.5, outside_lr=3.0)
     optimizer = model.configure_optimizers()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    names = {name: rates[id(p)] for name, p in model.named_parameters()}
+    names = {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
     assert len(names) == len(rates)
+    unseen = {name for name, _ in model.named_parameters()} - names.keys()
+    assert unseen == {name for name, _ in model.named_parameters() if name.startswith("net.pyramid.interactions.1.")}
     for k in range(2):
         branch = f"net.pyramid.branches.{k}."
         found = [names[branch + name] for name in ("patch_embed.weight", "pos_embed", "cls_token")]

@@ -198,6 +198,23 @@ def test_values_out_of_range():
         module(layer_decay=0.0)
 
 
+def test_flops(capsys):
+    """The head by its formula: convolutions, two for each element of a norm, one for each ReLU, biases of scores."""
+    assert main(["flops", "experiment=piip_ade20k"]) == 0
+    rows = {line[:39].strip(): line[39:].split() for line in capsys.readouterr().out.splitlines()}
+    width, channels, classes, cells = 3200, 1536, 150, [128**2, 64**2, 32**2, 16**2]
+    pooled, fine = 1 + 4 + 9 + 36, sum(cells[:3])
+    head = fine * (width + 9 * channels) * channels + pooled * width * channels
+    head += cells[3] * 9 * (width + 4 * channels) * channels + cells[0] * (9 * 4 * channels * channels)
+    head += cells[0] * classes * (channels + 1) + 3 * channels * (2 * fine + pooled + cells[3] + cells[0])
+    assert rows["head"][0] == f"{head / 1e9:.3f}"
+    assert rows["auxiliary"] == ["0.000", f"{(9 * width * channels + channels * (classes + 2) + classes) / 1e6:.3f}"]
+    assert float(rows["backbone, counted as published"][0]) == pytest.approx(1663, rel=1e-3)
+    assert rows["published"] == ["1663"]
+    assert main(["flops", "experiment=piip_ade20k", "backbone=resnet50_maps", "model.layer_decay=1"]) == 2
+    assert "flops: counts pyramids by their parts, found maps [1, 2, 3, 4] of resnet50" in capsys.readouterr().err
+
+
 def test_data_of_other_classes_are_refused():
     model = module()
     model.classes, model._told_by_data = ["a", "b"], True

@@ -6,7 +6,7 @@ from torch import nn
 
 from penstock.lightning_modules.nets.piip.cross_attention import DeformableAttention
 from penstock.lightning_modules.nets.piip.dense import MergedPyramid, PiipBackbone
-from penstock.lightning_modules.nets.piip.flops import PATCH, Part, Shape, counted, pyramid_operations
+from penstock.lightning_modules.nets.piip.flops import PATCH, Part, Shape, counted, pyramid_operations, within
 from penstock.lightning_modules.nets.piip.hybrid import PiipHybridBackbone
 from penstock.lightning_modules.nets.piip.pyramid import Branch, Pyramid
 from penstock.lightning_modules.nets.piip.vit import TransformerBranch
@@ -47,9 +47,9 @@ class Costs(NamedTuple):
 
     Attributes:
         parts: By their names.
-        as_published: Operations of a dense backbone as the papers count them: with the light merging of classification
-            in the place of their own and of what follows it; of hybrids with their merging, without what follows it.
-            None of other networks.
+        as_published: Operations of a dense backbone as the papers count them, whatever stands on it: with the light
+            merging of classification in the place of their own and of what follows it; of hybrids with their merging,
+            without what follows it. None of other networks.
         closed_form: The same without norms and biases, of other networks too; None where a branch or a unit is of
             another kind.
         published: 1e9 operations that the papers give for such branches; None where they give none.
@@ -61,31 +61,40 @@ class Costs(NamedTuple):
     published: float | None
 
 
-def costs(net: nn.Module, channels: int = 3) -> Costs:
+def costs(net: nn.Module, channels: int = 3, place: str = "") -> Costs:
     """What a network with a `pyramid` costs.
 
     Args:
         net: On the meta device, in evaluation mode.
         channels: Of images.
+        place: Name of the module with the `pyramid`; nothing for the network itself.
     """
-    pyramid: Pyramid = net.pyramid
+    holder, begin = net.get_submodule(place), within(place)
+    pyramid: Pyramid = holder.pyramid
     side = pyramid.size
     names = {
-        f"branch {i}, {branch.dims[-1]} channels on {branch.size} pixels": f"pyramid.branches.{i}."
+        f"branch {i}, {branch.dims[-1]} channels on {branch.size} pixels": f"{begin}pyramid.branches.{i}."
         for i, branch in enumerate(pyramid.branches)
     }
-    names["interactions"] = "pyramid.interactions."
-    names |= {name: f"{name}." for name, child in net.named_children() if name != "pyramid" and [*child.parameters()]}
-    found = counted(net, (side, side), list(names.values()), channels)
+    names["interactions"] = f"{begin}pyramid.interactions."
+    names |= {name: f"{begin}{name}." for name in _children(holder) if name != "pyramid"}
+    below = list(names)
+    names |= {name: f"{name}." for name in _children(net) if place and name != place}
+    found = counted(net, (side, side), list(names.values()), channels, place)
     parts = {name: found[prefix] for name, prefix in names.items()}
     key = tuple((branch.dims[-1], branch.size) for branch in pyramid.branches)
     as_published = None
-    if isinstance(net, MergedPyramid):
-        left_out = ("fpn",) if isinstance(net, PiipHybridBackbone) else ("merge", "fpn")
-        as_published = sum(part.operations for name, part in parts.items() if name not in left_out)
-    if isinstance(net, PiipBackbone):
+    if isinstance(holder, MergedPyramid):
+        left_out = ("fpn",) if isinstance(holder, PiipHybridBackbone) else ("merge", "fpn")
+        as_published = sum(parts[name].operations for name in below if name not in left_out)
+    if isinstance(holder, PiipBackbone):
         as_published += _light_merge(list(pyramid.branches))
     return Costs(parts, as_published, _closed_form(pyramid), PUBLISHED.get(key))
+
+
+def _children(module: nn.Module) -> list[str]:
+    """Names of a module's children with parameters."""
+    return [name for name, child in module.named_children() if [*child.parameters()]]
 
 
 def _light_merge(branches: list[Branch]) -> int:

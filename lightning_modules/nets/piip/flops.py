@@ -26,7 +26,9 @@ class Part(NamedTuple):
     parameters: int
 
 
-def counted(net: nn.Module, image_size: tuple[int, int], parts: Sequence[str], channels: int = 3) -> dict[str, Part]:
+def counted(
+    net: nn.Module, image_size: tuple[int, int], parts: Sequence[str], channels: int = 3, place: str = ""
+) -> dict[str, Part]:
     """What parts of a network with a `pyramid` cost, and `others`.
 
     Args:
@@ -34,6 +36,7 @@ def counted(net: nn.Module, image_size: tuple[int, int], parts: Sequence[str], c
         image_size: (height, width).
         parts: Beginnings of the names of parameters, such as `pyramid.branches.0.`; none holds another.
         channels: Of images.
+        place: Name of the module with the `pyramid`; nothing for the network itself.
     """
     spent: Counter[str] = Counter()
 
@@ -52,14 +55,19 @@ def counted(net: nn.Module, image_size: tuple[int, int], parts: Sequence[str], c
     finally:
         for hook in hooks:
             hook.remove()
-    finest = net.pyramid.size
-    for i, branch in enumerate(net.pyramid.branches):
-        own = tuple(int(side * branch.size / finest) for side in image_size)
-        spent[f"pyramid.branches.{i}."] += branch.attention_operations(own)
+    pyramid = net.get_submodule(place).pyramid
+    for i, branch in enumerate(pyramid.branches):
+        own = tuple(int(side * branch.size / pyramid.size) for side in image_size)
+        spent[f"{within(place)}pyramid.branches.{i}."] += branch.attention_operations(own)
     sizes = {name: parameter.numel() for name, parameter in net.named_parameters()}
     rows = {part: Part(_of(part, spent), _of(part, sizes)) for part in parts}
     rest = (sum(all_.values()) - sum(row[k] for row in rows.values()) for k, all_ in enumerate((spent, sizes)))
     return rows | {"others": Part(*rest)}
+
+
+def within(place: str) -> str:
+    """How names of what a module at `place` holds begin."""
+    return f"{place}." if place else ""
 
 
 def _of(part: str, amounts: Mapping[str, int]) -> int:
@@ -95,7 +103,7 @@ def _dense(module: DenseAttention, given: tuple[Any, ...], out: Tensor) -> int:
 RULES: dict[type | tuple[type, ...], Callable[..., int]] = {
     nn.Linear: _linear,
     (nn.Conv2d, nn.ConvTranspose2d): _conv,
-    (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm): _norm,
+    (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm2d): _norm,
     nn.ReLU: _activation,
     DeformableAttention: _deformable,
     DenseAttention: _dense,

@@ -31,6 +31,8 @@ class InternVitBranch(TransformerBranch):
         size: Side of its images, pixels, at the pyramid's nominal size.
         groups: Numbers of blocks in each group; a number is that many groups of equal length.
         weights: `hub`, the authors' file of it, or `random`.
+        resize_table: Whether the table of positions is that of `size` from the start; else it stays that of
+            pretraining, and each image resizes it.
         window: Side of windows of attention, cells; none without.
         global_blocks: Numbers of blocks that see the whole grid all the same.
         drop_path: Probability that an image skips a layer of the last block in training, linear from 0 at the first.
@@ -51,6 +53,7 @@ class InternVitBranch(TransformerBranch):
         size: int,
         groups: int | Sequence[int] = 12,
         weights: str = "hub",
+        resize_table: bool = False,
         window: int | None = None,
         global_blocks: Sequence[int] = (),
         drop_path: float = 0.0,
@@ -88,6 +91,7 @@ class InternVitBranch(TransformerBranch):
             size,
             groups,
             weights,
+            resize_table,
             window=window,
             global_blocks=global_blocks,
             pad="inputs",

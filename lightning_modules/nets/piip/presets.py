@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.beit import BeitBranch
@@ -66,6 +67,7 @@ def dense(
     mean: Colour = HALVES,
     std: Colour = HALVES,
     maps: Literal[3, 4] = 4,
+    resize_table: bool = False,
 ) -> PiipBackbone:
     """A backbone of dense tasks.
 
@@ -76,11 +78,13 @@ def dense(
         window: Side of windows of attention, cells; None is the whole image.
         interactions: Number of them.
         weights: Of each model, `hub`, a file or `random`; None is the hub.
-        speed_up: See `InteractionUnit`.
+        speed_up: See `InteractionUnit`; GELUs of blocks are then tanh's, as in the authors' fused layers.
         global_every: Every so many-th block sees the whole image all the same; None is no block.
         mean: See `MergedPyramid`.
         std: Likewise.
         maps: See `PiipBackbone`.
+        resize_table: Whether tables of positions are those of `sizes` from the start, as segmenters have it; else they
+            stay those of pretraining, and each image resizes them.
 
     Raises:
         UserError: letters or sizes that do not fit.
@@ -93,15 +97,17 @@ def dense(
         if global_every is not None:
             own["global_blocks"] = range(global_every - 1, LONGEST, global_every)
         if letter == "6":
-            return InternVitBranch(**own)
+            return InternVitBranch(resize_table=resize_table, **own)
         if model.startswith("beit"):
             if window is None:
                 raise UserError("window: found none, expected the side of windows, which BEiT's models always have")
             return BeitBranch(model, **own)
         rule = "constant" if "deit" in model else "linear"
-        return VitBranch(model, pad="inputs", drop_path_rule=rule, **own)
+        return VitBranch(model, resize_table=resize_table, pad="inputs", drop_path_rule=rule, **own)
 
     branches = [branch(*one) for one in _named(models, sizes, pretrained, weights)]
+    for block in (block for one in branches for block in one.blocks if speed_up):
+        block.mlp.act = nn.GELU("tanh")
     return PiipBackbone(branches, partial(InteractionUnit, speed_up=speed_up), mean, std, maps)
 
 

@@ -125,7 +125,7 @@ class TransformerBranch(nn.Module):
         if self.pos_embed is not None:
             x = x + resized_table(self.pos_embed, grid)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         return self._state(self.norm_pre(x), grid)
 
     def run(self, group: int, state: State) -> State:

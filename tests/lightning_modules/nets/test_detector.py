@@ -25,6 +25,12 @@ HOSTS = {
     "fcos": lambda: Centered(3, SQUARE, Distances(), ByDistance()),
 }
 
+ALL_HOSTS = HOSTS | {
+    "free_anchor": lambda: FreeAnchor(3, Anchors(), Deltas()),
+    "atss": lambda: Centered(3, Anchors(scales=(8.0,), ratios=(1.0,)), Deltas(), ByStatistics()),
+}
+NONE = Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+
 
 def detector(host: Host, neck: Neck = ONE_LAYER, channels: int = 16, model: str = "resnet18") -> Detector:
     torch.manual_seed(0)
@@ -120,20 +126,15 @@ def test_numbers_that_are_no_maps():
         TrainedBackbone("resnet18", frozen=9, weights="random")
 
 
-@pytest.mark.parametrize("name", [*HOSTS, "free_anchor", "atss"])
+@pytest.mark.parametrize("name", ALL_HOSTS)
 @pytest.mark.parametrize("empty", [1, 2])
 def test_losses_and_boxes_of_one_pass(name, empty, monkeypatch):
     """In evaluation mode, also of images without objects."""
-    hosts = HOSTS | {
-        "free_anchor": lambda: FreeAnchor(3, Anchors(), Deltas()),
-        "atss": lambda: Centered(3, Anchors(scales=(8.0,), ratios=(1.0,)), Deltas(), ByStatistics()),
-    }
-    net = detector(hosts[name](), partial(PyramidConvNeck, layers=1, ibn=True)).eval()
+    net = detector(ALL_HOSTS[name](), partial(PyramidConvNeck, layers=1, ibn=True)).eval()
     torch.nn.init.constant_(net.head.cls.bias, 1.0)
     image, sizes, padded = torch.rand(2, 3, 96, 128) * 2 - 1, [(90, 128), (96, 100)], [(96, 128), (96, 128)]
     some = Objects(torch.tensor([[10.0, 10, 50, 60], [40, 20, 110, 80]]), torch.tensor([2, 0]))
-    none = Objects(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
-    objects, scales = [*[some] * (2 - empty), *[none] * empty], torch.ones(2, 4)
+    objects, scales = [*[some] * (2 - empty), *[NONE] * empty], torch.ones(2, 4)
     with torch.inference_mode():
         expected, boxes = net.losses(image, objects, padded), net.detections(image, sizes, scales)
         calls, forward = [], Detector.forward
@@ -144,6 +145,14 @@ def test_losses_and_boxes_of_one_pass(name, empty, monkeypatch):
     assert all(torch.equal(losses[key], expected[key]) and losses[key].isfinite() for key in losses)
     assert len(found[0].boxes) > 5
     assert all(torch.equal(a, b) for one, other in zip(found, boxes) for a, b in zip(one[:3], other))
+
+
+@pytest.mark.parametrize("name", ALL_HOSTS)
+def test_all_weights_have_gradients_of_images_without_objects(name):
+    """As other ranks, which may see some, wait for them."""
+    net = detector(ALL_HOSTS[name](), partial(PyramidConvNeck, layers=1))
+    sum(net.losses(torch.rand(1, 3, 64, 64), [NONE], [(64, 64)]).values()).backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize(

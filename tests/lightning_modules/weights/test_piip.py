@@ -1,4 +1,5 @@
-"""Checkpoints of PIIP's code for pyramids of ConvNeXts, BEiTs and InternViTs: names, and what the networks give."""
+"""Checkpoints of PIIP's code for pyramids of ConvNeXts, BEiTs and InternViTs, UperNet and Mask R-CNN on them: names,
+and what the networks give."""
 
 import math
 import zlib
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penstock.lightning_modules.nets.mask_rcnn import MaskDetector
 from penstock.lightning_modules.nets.piip.beit import BeitBranch
 from penstock.lightning_modules.nets.piip.convnext import ConvNextBranch
 from penstock.lightning_modules.nets.piip.dense import PiipBackbone
@@ -17,7 +19,8 @@ from penstock.lightning_modules.nets.piip.hybrid import PiipHybridBackbone
 from penstock.lightning_modules.nets.piip.interaction import InteractionUnit
 from penstock.lightning_modules.nets.piip.intern_vit import InternVitBranch
 from penstock.lightning_modules.nets.piip.vit import VitBranch
-from penstock.lightning_modules.weights.piip import own_name, own_state
+from penstock.lightning_modules.nets.upernet import SegmentationNet
+from penstock.lightning_modules.weights.piip import detector_state, own_name, own_state, segmenter_state
 
 Shapes = dict[str, tuple[int, ...]]
 HEADS, POINTS = 8, 4
@@ -281,3 +284,122 @@ def test_a_hybrids_tensors_arrive_where_they_belong():
     assert torch.equal(net.fpn.eighth.bias, official["fpn2.0.bias"])
     kernel = official["branch2.convnext_model.encoder.stages.1.layers.0.dwconv.weight"]
     assert torch.equal(net.pyramid.branches[1].stages[1].blocks[0].conv_dw.weight, kernel)
+
+
+def unit(name: str, out: int, width: int, side: int) -> Shapes:
+    """mmcv's convolution with a norm."""
+    found = {f"{name}.conv.weight": (out, width, side, side), f"{name}.bn.num_batches_tracked": ()}
+    return found | {f"{name}.bn.{key}": (out,) for key in ("weight", "bias", "running_mean", "running_var")}
+
+
+def upernet(dim: int, channels: int, classes: int) -> Shapes:
+    """mmsegmentation's heads, by its names."""
+    found = layer("decode_head.conv_seg", classes, channels, 1, 1)
+    for k in range(4):
+        found |= unit(f"decode_head.psp_modules.{k}.1", channels, dim, 1)
+    for k in range(3):
+        found |= unit(f"decode_head.lateral_convs.{k}", channels, dim, 1)
+        found |= unit(f"decode_head.fpn_convs.{k}", channels, channels, 3)
+    found |= unit("decode_head.bottleneck", channels, dim + 4 * channels, 3)
+    found |= unit("decode_head.fpn_bottleneck", channels, 4 * channels, 3)
+    return (
+        found
+        | unit("auxiliary_head.convs.0", channels, dim, 3)
+        | layer("auxiliary_head.conv_seg", classes, channels, 1, 1)
+    )
+
+
+def mask_rcnn(dim: int, channels: int, hidden: int, classes: int) -> Shapes:
+    """mmdetection's neck and heads, by its names."""
+    found = layer("rpn_head.rpn_conv", channels, channels, 3, 3)
+    found |= layer("rpn_head.rpn_cls", 3, channels, 1, 1) | layer("rpn_head.rpn_reg", 12, channels, 1, 1)
+    for k in range(4):
+        found |= layer(f"neck.lateral_convs.{k}.conv", channels, dim, 1, 1)
+        found |= layer(f"neck.fpn_convs.{k}.conv", channels, channels, 3, 3)
+        found |= layer(f"roi_head.mask_head.convs.{k}.conv", channels, channels, 3, 3)
+    found |= layer("roi_head.bbox_head.shared_fcs.0", hidden, channels * 49)
+    found |= layer("roi_head.bbox_head.shared_fcs.1", hidden, hidden)
+    found |= layer("roi_head.bbox_head.fc_cls", classes + 1, hidden)
+    found |= layer("roi_head.bbox_head.fc_reg", 4 * classes, hidden)
+    found |= {"roi_head.mask_head.upsample.weight": (channels, channels, 2, 2)}
+    found |= {"roi_head.mask_head.upsample.bias": (channels,)}
+    return found | layer("roi_head.mask_head.conv_logits", classes, channels, 1, 1)
+
+
+def backbone(size: int, resize_table: bool) -> tuple[Shapes, PiipBackbone]:
+    """An InternViT and a MAE model, interactions without projections and norms, as on ADE20K."""
+    cells = (size // 16) ** 2 if resize_table else 14**2
+    shapes = branches(intern_vit(64, 2, True), intern_vit(32, 2, False))
+    shapes |= {f"branch{i}.pos_embed": (1, cells + 1, dim) for i, dim in ((1, 64), (2, 32))}
+    for k in range(2):
+        for way, dim, other in (("2to1", 64, 32), ("1to2", 32, 64)):
+            own = {name: shape for name, shape in injector(dim).items() if "norm" not in name}
+            own |= {"attn.value_proj.weight": (dim // 2, other)}
+            place = f"interactions.{k}.interaction_units_12.branch{way}_injector"
+            shapes |= {f"{place}.{name}": shape for name, shape in own.items()}
+    branch = InternVitBranch(size, 2, "random", resize_table, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2)
+    own = [branch, own_vit(32, 2, size, 2, resize_table=resize_table)]
+    shapes |= dense_merge([64, 32]) | fpn(64, 64)
+    return {f"backbone.{k}": v for k, v in shapes.items()}, PiipBackbone(own, partial(UNIT, speed_up=True))
+
+
+def test_heads_of_mmsegmentation_against_transformers():
+    """The library's heads have mmsegmentation's names but for two words, and are not of our making."""
+    library = pytest.importorskip("transformers.models.upernet.modeling_upernet")
+    shapes, pyramid = backbone(128, True)
+    shapes |= upernet(64, 6, 5)
+    official = {name: filled(name, shape) for name, shape in shapes.items()}
+    own = segmenter_state(official)
+    net = SegmentationNet(pyramid, 5, channels=6, auxiliary_channels=6).double()
+    assert len(own) == len(official)
+    net.load_state_dict(own)
+    pooled = "psp_modules.2.1.bn"
+    assert torch.equal(net.head.smooth[1][0].weight, official["decode_head.fpn_convs.1.conv.weight"])
+    assert torch.equal(net.head.pooling.pools[2][1][1].running_var, official[f"decode_head.{pooled}.running_var"])
+    table = official["backbone.branch1.pos_embed"]
+    assert torch.equal(net.backbone.pyramid.branches[0].pos_embed, table[:, 1:])
+    config = library.UperNetConfig(
+        hidden_size=6, num_labels=5, auxiliary_channels=6, auxiliary_num_convs=1, auxiliary_concat_input=False
+    )
+    for name, head in (
+        ("decode_head.", library.UperNetHead(config, [64] * 4)),
+        ("auxiliary_head.", library.UperNetFCNHead(config, [64] * 4)),
+    ):
+        state = {key.removeprefix(name): value for key, value in official.items() if key.startswith(name)}
+        names = {key: key.replace(".bn.", ".batch_norm.").replace("conv_seg.", "classifier.") for key in state}
+        head.double().eval().load_state_dict({names[key]: value for key, value in state.items()})
+        maps = [filled(f"map {k}", (2, 64, 32 >> k, 48 >> k)) for k in range(4)]
+        net.eval()
+        found = net.head(maps) if name == "decode_head." else net.auxiliary(maps[2])
+        with torch.no_grad():
+            assert (found - head(maps)).abs().max() < 1e-10 * found.abs().max()
+
+
+def test_heads_of_mmdetection():
+    """The background is the last class there and the first here."""
+    shapes, pyramid = backbone(128, False)
+    shapes |= mask_rcnn(64, 8, 12, 3)
+    official = {name: filled(name, shape) for name, shape in shapes.items()}
+    own = detector_state(official)
+    net = MaskDetector(pyramid, 3, channels=8, hidden=12, aligned=True).double()
+    assert len(own) == len(official)
+    net.load_state_dict(own)
+    heads, x = net.net.roi_heads, filled("regions", (5, 8, 7, 7))
+    hidden = x.flatten(1)
+    for k in range(2):
+        place = f"roi_head.bbox_head.shared_fcs.{k}"
+        hidden = (hidden @ official[f"{place}.weight"].T + official[f"{place}.bias"]).relu()
+    logits, deltas = (
+        hidden @ official[f"roi_head.bbox_head.fc_{name}.weight"].T + official[f"roi_head.bbox_head.fc_{name}.bias"]
+        for name in ("cls", "reg")
+    )
+    found = heads.box_predictor(heads.box_head(x))
+    assert (found[0][:, [1, 2, 3, 0]] - logits).abs().max() < 1e-12
+    assert (found[1][:, 4:] - deltas).abs().max() < 1e-12
+    assert torch.equal(heads.mask_head[2][0].bias, official["roi_head.mask_head.convs.2.conv.bias"])
+    masks = heads.mask_predictor.mask_fcn_logits
+    assert torch.equal(masks.weight[1:], official["roi_head.mask_head.conv_logits.weight"])
+    assert torch.equal(net.net.rpn.head.bbox_pred.weight, official["rpn_head.rpn_reg.weight"])
+    pyramid_ = net.net.backbone.pyramid.fpn
+    assert torch.equal(pyramid_.layer_blocks[3][0].weight, official["neck.fpn_convs.3.conv.weight"])
+    assert torch.equal(pyramid_.inner_blocks[1][0].bias, official["neck.lateral_convs.1.conv.bias"])

@@ -8,7 +8,8 @@ from penstock.lightning_modules.cli.compose import compose
 from penstock.lightning_modules.cli.conf import options
 from penstock.lightning_modules.nets.piip.costs import PUBLISHED
 
-NAMED = [name for name in options("backbone") if name.startswith("piip_") and not name.startswith("piip_tiny")]
+SMALL = ("piip_tiny", "piip_mobilenetv2")  # ours
+NAMED = [name for name in options("backbone") if name.startswith("piip_") and not name.startswith(SMALL)]
 UNPUBLISHED = {
     "piip_sbl_1568_1120_672",
     "piip_sbl_1792_1120_672",

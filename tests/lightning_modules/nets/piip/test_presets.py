@@ -50,6 +50,15 @@ def test_the_largest_models():
     assert [lengths(branch) for branch in net.pyramid.branches] == [[12] * 4, [8] * 4, [6] * 4]
 
 
+def test_segmenters_have_tables_of_their_own_size_and_fused_layers():
+    net = meta(dense, "H6", (512, 192), "mae", None, speed_up=True, resize_table=True)
+    branches = list(net.pyramid.branches)
+    assert [branch.pos_embed.shape[1] for branch in branches] == [12**2, 32**2]
+    assert {block.mlp.act.approximate for branch in branches for block in branch.blocks} == {"tanh"}
+    net = meta(dense, "TS", (448, 224))
+    assert {block.mlp.act.approximate for block in net.pyramid.branches[0].blocks} == {"none"}
+
+
 def test_beit_with_windows():
     net = meta(dense, "SBL", (1568, 1120, 672), "beitv2")
     assert [isinstance(branch, BeitBranch) for branch in net.pyramid.branches] == [True, True, False]
