@@ -205,11 +205,15 @@ class KindDataModule(LightningDataModule):
         if lines:
             raise refusal(lines)
 
-    def reference_dataloader(self, split: Split = "train") -> KeyedLoader:
-        """Every sample of `split` once over all ranks, in order, as final float data: no augmentation ever."""
-        view = self.view(split)
+    def reference_dataloader(self, split: Split = "train", everywhere: bool = False) -> KeyedLoader:
+        """Every sample of `split` once over all ranks, in order, as final float data: no augmentation ever.
+
+        With `everywhere` each rank has all of them, in batches as large as its shares of the others.
+        """
+        view, (_, world) = self.view(split), self.ranks
         finish = partial(_scaled, pixels=self.pixels, sourced=self.sourced)
-        return self.loader(view, self.eval_batches(len(view)), finish)
+        whole = KeyedBatchSampler(KeyedSampler(len(view)), self.eval_batch_size // world)
+        return self.loader(view, whole if everywhere else self.eval_batches(len(view)), finish)
 
     def sources(self, rows: Tensor, split: Split = "test") -> Tensor:
         """Of data with sources, those `(b, *shape)` of samples `rows` `(b,)` of a split, over and over.

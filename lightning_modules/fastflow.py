@@ -44,8 +44,8 @@ class FastFlow(LightningModule):
         tile: Side or (height, width) of what the network sees at once; larger images are scored in overlapping tiles.
             None is none.
         overlap: Least share of a tile that its neighbour sees too, in [0, 1).
-        cache_features: Whether feature maps are kept in memory after the first epoch. Only for data without
-            augmentation, whose images are the same in every epoch.
+        cache_features: Whether feature maps are made once, before the first epoch, and kept in memory, all of them on
+            every rank. Only for data without augmentation, whose images are the same in every epoch.
 
     Attributes:
         calibration: Thresholds and ranges of scores; the metrics set them on validation images.
@@ -118,21 +118,25 @@ class FastFlow(LightningModule):
         return self.cache(batch["index"], batch["image"], self.net.maps, self.trainer.training and self.known)
 
     def on_fit_start(self) -> None:
-        """Measures the training images where norms of channels are new; all ranks share the work."""
+        """Keeps the feature maps of the training images where they are to be kept, and measures them where norms of
+        channels are new.
+
+        The images come in batches that a run and the same run resumed have in common, for features of another batch
+        differ in their last bits; ranks share them where nothing is kept.
+        """
         norms = [norm for norm in self.net.norms if isinstance(norm, ChannelNorm)]
-        if not norms or int(norms[0].count):
+        norms, kept = [norm for norm in norms if not int(norm.count)], self.cache is not None
+        if not (norms or kept):
             return
         data = self.trainer.datamodule
-        moments = [torch.zeros(3, c, dtype=torch.float64, device=self.device) for c in self.net.backbone.channels]
-        for batch in data.reference_dataloader("train"):
+        moments = [torch.zeros(3, norm.mean.numel(), dtype=torch.float64, device=self.device) for norm in norms]
+        for batch in data.reference_dataloader("train", everywhere=kept):
             batch = data.transfer_batch_to_device(batch, self.device, 0)
-            for total, y in zip(moments, self.maps_of(batch)):
+            for y, total in zip(self.maps_of(batch), moments):
                 total += moments_of(y)
         for norm, total in zip(norms, moments):
-            norm.fit(sum_over_ranks(total))
-
-    def on_train_epoch_start(self) -> None:
-        self.known = self.cache is not None and self.cache.has(self.trainer.datamodule.numbers["train"])
+            norm.fit(total if kept else sum_over_ranks(total))
+        self.known = kept
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = negative_log_likelihood(self.net.encode(self.maps_of(batch))).mean()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +21,6 @@ class FeatureCache:
     def bytes(self) -> int:
         """Memory of the maps."""
         return sum(kept.numel() * kept.element_size() for kept in self.kept)
-
-    def has(self, numbers: np.ndarray) -> bool:
-        """Whether all samples of these numbers are kept."""
-        return all(int(number) in self.row_of for number in numbers)
 
     def __call__(
         self, index: Tensor, image: Tensor, net: Callable[[Tensor], list[Tensor]], known: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.lightning_modules.answers import RULES, Scored, accuracies
-from penstock.lightning_modules.callbacks.ranks import broadcast, gather
+from penstock.lightning_modules.callbacks.ranks import broadcast, gather, shared_count
 from penstock.lightning_modules.checkpoints import load_checkpoint, load_weights, raw_weights
 from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.conversation import IMAGE, Prompt, Template, tokenized, with_image, written
@@ -101,7 +101,8 @@ class PiipLlava(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits, following, read = self._read(batch)
-        loss = F.cross_entropy(logits.float(), following, reduction="sum") / max(1, len(following))
+        loss = F.cross_entropy(logits.float(), following, reduction="sum")
+        loss = loss / shared_count(loss.new_full((), len(following)))
         self._say_if_cut(batch, read)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log("train/loss", loss.detach(), batch_size=len(batch["index"]))

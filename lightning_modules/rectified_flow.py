@@ -6,6 +6,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from penstock.kernels.philox import Draws
+from penstock.lightning_modules.callbacks.ranks import all_rows
 from penstock.lightning_modules.flow.couplings import Coupling, Independent
 from penstock.lightning_modules.flow.losses import FlowLoss, SquaredError, flow_matching_loss
 from penstock.lightning_modules.flow.paths import Path
@@ -28,7 +29,7 @@ class RectifiedFlow(FlowModule):
         scheduler: Makes a learning-rate scheduler that is stepped after every optimiser step.
         path: Interpolation path; None is the straight line.
         times: Law of t in training; None is uniform on (eps, 1), `Fixed(eps)` distils to one step, `Grid(k)` to k.
-        coupling: Pairs noise and data inside a batch; None pairs at random.
+        coupling: Pairs noise and data inside a batch, that of all ranks; None pairs at random.
         loss: What a prediction costs; None is the squared error, mean over dimensions.
         solver: ODE (or SDE) solver of `sample`; None is Euler.
         eps: Smallest time at which the network is asked, in (0, 1).
@@ -71,6 +72,12 @@ class RectifiedFlow(FlowModule):
         if stage != "predict":
             self.loss.prepare()
 
+    def _coupled(self, x0: Tensor, x1: Tensor, draws: Draws) -> Tensor:
+        """The noise of each sample, of a plan for the batch of all ranks: each makes the same and takes its rows."""
+        (noise, own), (data, _), (index, _) = (all_rows(value) for value in (x0, x1, draws.index))
+        everyone = Draws(draws.seed, draws.epoch, index)
+        return self.coupling.pair(noise, data, everyone.generator("coupling"))[0][own]
+
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         """Loss of each sample `(B,)`; noise, times and dropped conditions come from `draws`."""
         x1 = batch[self.key]
@@ -79,7 +86,7 @@ class RectifiedFlow(FlowModule):
         else:
             x0, scalars = draws.both(("noise", x1.shape[1:]), ("time", (2,)), x1.dtype)
         if not isinstance(self.coupling, Independent):
-            x0, x1, _ = self.coupling.pair(x0, x1, draws.generator("coupling"))
+            x0 = self._coupled(x0, x1, draws)
         u, dropped = scalars.unbind(1)
         cond = self.condition(batch)
         if cond is not None and self.condition_dropout:

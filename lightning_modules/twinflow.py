@@ -32,7 +32,7 @@ from penstock.lightning_modules.seeds import run_seed
 class TwinFlow(FlowModule):
     """An any-step flow that is its own critic: `u(x, t, r)` carries x from t to r > t; t = 0 is noise, t = 1 data.
 
-    The batch is cut into blocks (section 3.3 and official code), each with times of its own:
+    The batch is cut into blocks (section 3.3 and official code), which take turns in it, each with times of its own:
 
     | block | t | r | data | target |
     |---|---|---|---|---|
@@ -222,7 +222,9 @@ class TwinFlow(FlowModule):
         x1, cond = self._data(batch, draws), self.condition(batch)
         if cond is not None:
             cond = self.net.drop_condition(cond, draws.uniform("dropped") < self.condition_dropout)
-        terms = self.terms(x1, cond, self.drawn(x1, draws))
+        order = torch.tensor(self.objective.shares.in_turn(len(x1))).to(x1.device, non_blocking=True)
+        x1, cond = x1[order], None if cond is None else cond[order]
+        terms = self.terms(x1, cond, self.drawn(x1, Draws(draws.seed, draws.epoch, draws.index[order])))
         counted = terms.base
         if self.objective.order == 0:
             counted = torch.cat([terms.base[terms.rows[name]] for name in ("mul", "adv")])

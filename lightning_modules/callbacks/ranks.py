@@ -43,6 +43,30 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def shared_count(count: torch.Tensor, least: float = 1) -> torch.Tensor:
+    """What each rank divides its sum by, for the mean of the ranks' quotients to be the mean over all that they have.
+
+    Args:
+        count: What this rank has, any shape; on one rank it is the answer.
+        least: Of the counts of all ranks together.
+    """
+    return sum_over_ranks(count).clamp(min=least) / rank_and_world()[1]
+
+
+def all_rows(value: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The rows `(k, ...)` of all ranks in rank order, and which of them are this rank's. All ranks must call it.
+
+    `k` may differ between ranks. The rows travel by way of the CPU.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return value, slice(None)
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, value.cpu())
+    first = sum(len(part) for part in parts[:rank])
+    return torch.cat(parts).to(value.device), slice(first, first + len(value))
+
+
 def gather_rows(index: torch.Tensor, *columns: torch.Tensor | None) -> tuple[torch.Tensor | None, ...] | None:
     """Rows held by all ranks, put in order.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from penstock.lightning_modules.errors import UserError, did_you_mean
 
-PRINTS = ("list", "compare", "flops", "help", "-h", "--help", "--version")
+PRINTS = ("list", "compare", "flops", "plan", "help", "-h", "--help", "--version")
 HELP = """\
 usage: penstock VERB [word=value ...]      plain words: composed from conf/, any key, typed
        penstock VERB [--flag=value ...]    plain LightningCLI, e.g. --config runs/.../config.yaml
@@ -31,6 +31,7 @@ look
   export     penstock export ckpt_path=runs/.../checkpoints/last.ckpt format=onnx
   compare    penstock compare runs/a runs/b
   flops      penstock flops experiment=piip_digits net=piip_tsb_368
+  plan       penstock plan experiment=starflow_v_480p gpus=64
   table      penstock table fastflow_mvtec tier=smoke
   list       penstock list [experiments|methods|data|kernels|tables|options]
 
@@ -81,6 +82,10 @@ def _run(argv: Sequence[str]) -> int:
         from penstock.lightning_modules.cli.flops import run_flops
 
         return run_flops(words)
+    if verb == "plan":
+        from penstock.lightning_modules.cli.plan import run_plan
+
+        return run_plan(words)
     if verb == "table":
         from penstock.lightning_modules.cli.table import run_table
 
@@ -104,6 +109,7 @@ def _run(argv: Sequence[str]) -> int:
         "export",
         "compare",
         "flops",
+        "plan",
         "table",
         "list",
     )

@@ -45,16 +45,16 @@ class Anchors:
         return len(self.scales) * len(self.ratios)
 
     def base(self, stride: int) -> Tensor:
-        """Anchors `(A, 4)` of the first cell of a level."""
-        root = torch.tensor(self.ratios).sqrt()[:, None]
-        scales = torch.tensor(self.scales)[None]
+        """Anchors float32 `(A, 4)` of the first cell of a level."""
+        root = torch.tensor(self.ratios, dtype=torch.float32).sqrt()[:, None]
+        scales = torch.tensor(self.scales, dtype=torch.float32)[None]
         half = torch.stack([(stride / root * scales).flatten(), (stride * root * scales).flatten()], 1) - self.extent
         center = (stride - self.extent) / 2
         found = torch.cat([center - half / 2, center + half / 2], 1)
         return found.round() if self.legacy else found
 
     def grid(self, sizes: Sizes, device: torch.device | str = "cpu") -> list[Tensor]:
-        """Anchors `(H_l * W_l * A, 4)` of every level.
+        """Anchors float32 `(H_l * W_l * A, 4)` of every level, whatever torch's default: they are kept for all runs.
 
         Args:
             sizes: (H_l, W_l) of the maps.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from penstock.lightning_modules.callbacks.ranks import shared_count
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, centers, iou
@@ -154,11 +155,11 @@ class Centered(Host):
         aims = centerness(centers(priors[at]), boxes)
         found = self.coding.decode(priors[at], codes[image, at])
         fits = generalized_box_iou_loss(found, boxes.to(found.dtype)) * aims
-        count = max(1, len(at))
+        count, weight = shared_count(aims.new_full((), len(at))), shared_count(aims.sum(), least=1e-6)
         fit = F.binary_cross_entropy_with_logits(quality[image, at], aims.to(quality.dtype), reduction="sum")
         return {
             "class": focal.sum() / count,
-            "box": self.box_weight * fits.sum() / aims.sum().clamp(min=1e-6),
+            "box": self.box_weight * fits.sum() / weight,
             "quality": fit / count,
         }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penstock.lightning_modules.callbacks.ranks import shared_count
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.boxes import iou
 from penstock.lightning_modules.detection.coding import Deltas
@@ -61,7 +62,7 @@ class FreeAnchor(Host):
     ) -> dict[str, Tensor]:
         """`bag` and `background`, see `Host`; images' padding is not looked at."""
         scores, found, anchors = self.flat(outputs)
-        p, bags, background = scores.sigmoid(), scores.new_zeros(()), scores.new_zeros(())
+        p, bags, background = scores.sigmoid(), 0 * found.sum(), scores.new_zeros(())
         for own_p, own_codes, one in zip(p, found, objects):
             if len(one.boxes):
                 bags = bags - self._bags(own_p, own_codes, anchors, one).log().clamp(min=-100).sum()
@@ -69,7 +70,7 @@ class FreeAnchor(Host):
             background = (
                 background + (q**self.gamma * F.binary_cross_entropy(q, torch.zeros_like(q), reduction="none")).sum()
             )
-        count = max(1, sum(len(one.boxes) for one in objects))
+        count = shared_count(scores.new_full((), sum(len(one.boxes) for one in objects)))
         return {"bag": self.alpha * bags / count, "background": (1 - self.alpha) * background / (count * self.bag)}
 
     def _bags(self, p: Tensor, codes: Tensor, anchors: Tensor, objects: Objects) -> Tensor:

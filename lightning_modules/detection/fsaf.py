@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from penstock.lightning_modules.callbacks.ranks import shared_count
 from penstock.lightning_modules.detection.anchors import Anchors
 from penstock.lightning_modules.detection.assignment import IGNORED, NEGATIVE
 from penstock.lightning_modules.detection.boxes import area, intersection, sides
@@ -106,7 +107,7 @@ class Fsaf(Host):
     ) -> dict[str, Tensor]:
         """`class` and `box`, see `Host`."""
         terms = self.terms(outputs, objects, padded)
-        count = terms.kept.sum().clamp(min=1)
+        count = shared_count(terms.kept.sum())
         return {"class": terms.classes.sum() / count, "box": terms.boxes.sum() / count}
 
     def terms(self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]) -> Terms:

@@ -95,7 +95,7 @@ class Host(ABC):
     def losses(
         self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """Scalars by name, to be summed up.
+        """Scalars by name, to be summed up. Their means over the ranks are the losses of one rank with all images.
 
         Args:
             outputs: Of a head.

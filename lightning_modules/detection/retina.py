@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from penstock.lightning_modules.callbacks.ranks import shared_count
 from penstock.lightning_modules.detection.anchors import Anchors, Sizes
 from penstock.lightning_modules.detection.assignment import NEGATIVE, RETINA, Thresholds, by_overlap
 from penstock.lightning_modules.detection.coding import Deltas
@@ -60,14 +61,14 @@ class Retina(Host):
     def terms(
         self, outputs: Outputs, objects: Sequence[Objects], padded: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        """Losses of each anchor `(B, n)`: of its class and of its box, over the number of positives of the batch."""
+        """Losses of each anchor `(B, n)`: of its class and of its box, over the number of all ranks' positives."""
         scores, found, anchors = self.flat(outputs)
         owners = torch.stack(
             [self.owners(anchors, one, sizes_of(outputs.logits), shape) for one, shape in zip(objects, padded)]
         )
         positive = owners >= 0
         classes, aims = self.aims(scores, anchors, matched(owners, objects))
-        count = positive.sum(1).clamp(min=1).sum()
+        count = shared_count(positive.sum(1).clamp(min=1).sum())
         focal = sigmoid_focal_loss(scores, classes, self.alpha, self.gamma).sum(2) * (owners >= NEGATIVE)
         boxes = F.smooth_l1_loss(found, aims, reduction="none", beta=self.beta).sum(2) * positive
         return focal / count, boxes / count

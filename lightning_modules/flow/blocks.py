@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from fractions import Fraction
+from math import lcm
 
 
 def block_sizes(batch: int, shares: Sequence[float]) -> list[int]:
@@ -50,6 +52,20 @@ class Shares:
     def number(self) -> int:
         """Blocks that are not left out."""
         return sum(share > 0 for share in astuple(self))
+
+    def in_turn(self, batch: int) -> list[int]:
+        """Row numbers of a batch in another order, by which the blocks of `rows` take turns in it.
+
+        Each period, the fewest rows that the shares divide without rest, fills the blocks by its own; a batch of less
+        than one keeps its order. Parts of a batch that hold whole periods, as ranks' may, are cut as the whole is.
+        """
+        whole = [Fraction(share).limit_denominator(1000) for share in astuple(self)]
+        parts = [share / sum(whole) for share in whole]
+        period = lcm(*(part.denominator for part in parts))
+        if period > batch:
+            return list(range(batch))
+        block = [number for number, part in enumerate(parts) for _ in range(int(part * period))]
+        return sorted(range(batch), key=lambda row: block[row % period])
 
     def rows(self, batch: int) -> dict[str, slice]:
         """Rows of each block in a batch, in order; one that is left out has none."""

@@ -85,6 +85,19 @@ def test_a_resumed_run_has_the_same_bits(run, tree, tmp_path):
         torch.testing.assert_close(value, state(folder)[key], rtol=0, atol=0, msg=key)
 
 
+def test_a_resumed_run_keeps_features_of_the_same_batches(tree, tmp_path, monkeypatch):
+    """As convolutions round differently in batches of another size."""
+    maps = FastFlowNet.maps
+    monkeypatch.setattr(FastFlowNet, "maps", lambda net, image: [y * (1 + 1e-3 * len(image)) for y in maps(net, image)])
+    words = ["model.net.norm=channel", "data.batch_size=3", "data.eval_batch_size=4", "callbacks.gallery=null"]
+    whole = state(fit(tmp_path / "whole", tree, *words))
+    folder = fit(tmp_path / "stopped", tree, *words, "trainer.max_epochs=1")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert main(["fit", f"ckpt_path={last}", "trainer.max_epochs=2", f"run_dir={folder}"]) == 0
+    for key, value in whole.items():
+        torch.testing.assert_close(state(folder)[key], value, rtol=0, atol=0, msg=key)
+
+
 def test_kept_features_and_augmentation_exclude_each_other(tree, tmp_path, capsys):
     words = [*TINY, f"data.data_dir={tree}", f"run_dir={tmp_path / 'd'}", "data.flip=true"]
     assert main(["fit", *words]) == 2
@@ -142,8 +155,6 @@ def test_a_cache_gives_what_was_put_in_by_number():
     numbers = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:300]
     for rows in torch.arange(300).split(7):
         cache(numbers[rows], images[rows], net)
-    assert cache.has(numbers.numpy())
-    assert not cache.has([1000])
     seen = len(calls)
     for known in (False, True):
         rows = torch.tensor([5, 299, 0, 5])

@@ -183,7 +183,7 @@ def test_statistics_of_a_single_image_are_warned_of(neck, images, said, tmp_path
         assert main(["fit", *words]) == 0
     text = [str(one.message) for one in caught if "integrated batch norm" in str(one.message)]
     assert len(text) == said
-    assert all("data.batch_size: found 1, one image a rank;" in line for line in text)
+    assert all("data.batch_size: found 1; integrated" in line for line in text)
     assert all("data.batch_size=4, or a neck without it" in line for line in text)
 
 

@@ -54,7 +54,7 @@ class BadLoss(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            batch[pl_module.key].fill_(float("nan"))
+            batch[getattr(pl_module, "key", "image")].fill_(float("nan"))
 
 
 class DropoutMasks(Callback):

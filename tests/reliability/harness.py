@@ -1,7 +1,6 @@
 """Runs of the real command line, in this process or as ranks of a group, and what is compared between two of them."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -13,11 +12,12 @@ from typing import Any, NamedTuple
 import ranks
 import torch
 
+from penstock.benchmarks import bits
 from penstock.lightning_modules.checkpoints import load_checkpoint
 from penstock.lightning_modules.cli import main
 
 HERE = Path(__file__).parent
-CLOCKS = ("throughput/", "train_seconds")
+state, metrics = bits.state, bits.metrics
 RUN_VARIABLES = ("RUN_DIR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -76,41 +76,19 @@ def on_ranks(world: int, jobs: list[dict[str, Any]], folder: Path, timeout: floa
     return [[Done(*done) for done in report] for report in reports]
 
 
-def state(run: Path) -> dict[str, Any]:
-    """All that a run's last checkpoint holds and that must not depend on where it was stopped, flat."""
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The network's weights as they train, not averaged, in a run's last checkpoint."""
     checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
-    callbacks = {k: v for k, v in checkpoint["callbacks"].items() if k.startswith("EMA")}
-    assert callbacks, "the run kept no average"
-    kept = ("global_step", "state_dict", "current_model_state", "optimizer_states", "lr_schedulers")
-    return dict(_flat({"callbacks": callbacks} | {key: checkpoint[key] for key in kept}, ""))
-
-
-def _flat(node: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict | list | tuple):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _flat(value, f"{name}/{key}")
-    else:
-        yield name, node
+    state = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    return {key: value for key, value in state.items() if key.startswith("net.")}
 
 
 def same_state(run: Path, other: Path) -> None:
     """Asserts that the last checkpoints of two runs hold the same bits."""
-    found, expected = state(run), state(other)
-    assert found.keys() == expected.keys()
-    tensors = {key for key, value in expected.items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) > 10
-    differing = [key for key in sorted(tensors) if not torch.equal(found[key], expected[key])]
-    differing += [key for key in sorted(expected.keys() - tensors) if found[key] != expected[key]]
-    assert not differing, f"{len(differing)} of {len(expected)} differ, first {differing[0]}"
-
-
-def metrics(run: Path) -> dict[int, dict[str, str]]:
-    """`metrics.csv` by step, as text (all digits), without what depends on the clock."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = {int(row.pop("step")): row for row in csv.DictReader(file)}
-    return {
-        step: {k: v for k, v in row.items() if v and not k.startswith(CLOCKS)} for step, row in sorted(rows.items())
-    }
+    expected = state(other)
+    assert sum(isinstance(value, torch.Tensor) for value in expected.values()) > 10
+    names = bits.differing(run, other)
+    assert not names, f"{len(names)} of {len(expected)} differ, first {names[0]}"
 
 
 def last_checkpoint(run: Path) -> str:

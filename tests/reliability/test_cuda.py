@@ -5,7 +5,7 @@ import subprocess
 import harness
 import pytest
 import torch
-from methods import METHODS, words
+from methods import METHODS, without_dropout, words
 
 from penstock.lightning_modules.checkpoints import load_checkpoint
 
@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = ["trainer.accelerator=gpu", "trainer.devices=1"]
+NO_BLOCKS = ("rectified_flow_points", "rectified_flow_ot", "fastflow_digits", "sepc_digits")
+ON_THE_HOST = ("rectified_flow_ot", "sepc_digits", "piip_digit_objects", "piip_llava_digits_stage2")
 DIGITS = "rectified_flow_digits"
 NO_CHECKPOINT = ["callbacks.checkpoint.every_n_train_steps=null", "callbacks.checkpoint.every_n_epochs=1"]
 
@@ -39,7 +41,7 @@ def losses(run):
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_as_on_the_cpu(method, tmp_path):
     """The same draws, so the same losses, as long as dropout (whose masks are the device's own) is off."""
-    more = ["trainer.max_epochs=1"] + ([] if "points" in method or "_ot" in method else ["model.net.dropout=0"])
+    more = ["trainer.max_epochs=1", *without_dropout(method)]
     cpu = tmp_path / "cpu"
     assert harness.penstock("fit", *words(method), *more, run=cpu).code == 0
     found, expected = losses(fitted(tmp_path / "cuda", method, *more)), losses(cpu)
@@ -51,15 +53,15 @@ def test_trains_as_on_the_cpu(method, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_speed_options(method, perf, tmp_path):
     """Two epochs, bfloat16 and compiled or recomputing activations, near the losses of plain float32."""
-    if perf == "activation_checkpointing" and ("points" in method or "_ot" in method):
-        pytest.skip("the MLP names no blocks to recompute")
+    if perf == "activation_checkpointing" and method in NO_BLOCKS:
+        pytest.skip("the network names no blocks to recompute")
     plain, other = fitted(tmp_path / "plain", method), fitted(tmp_path / "perf", method, f"perf={perf}")
     assert losses(other) == pytest.approx(losses(plain), rel=0.05)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "rectified_flow_ot"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ON_THE_HOST])
 def test_no_step_waits_for_the_device(method, tmp_path):
-    """All but minibatch optimal transport, which is solved on the host."""
+    """All but optimal transport, the matching of boxes and the layout of texts, which are the host's."""
     watch = "+callbacks.zz={class_path: faults.NoWaiting, allowed: []}"
     quiet = ["trainer.log_every_n_steps=100", "trainer.max_epochs=2", *NO_CHECKPOINT, "callbacks.lr=null"]
     run = fitted(tmp_path / "run", method, *quiet, watch)

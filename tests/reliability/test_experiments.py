@@ -153,7 +153,7 @@ def small_masks(data, folder):
     words += [f"data.data_dir={mask_tree(folder, classes=150)}", "shape=[3,64,64]", "data.num_workers=0"]
     words += ["data.min_size=64", "data.max_size=96", "backbone=piip_tiny", "perf=default", "callbacks.cost=null"]
     words += ["model.net.backbone.sizes=[32,64]", "model.net.backbone.dims=[64,32]", "model.net.backbone.patch=4"]
-    words += ["model.window=64", "model.stride=48", "trainer.val_check_interval=1", "trainer.sync_batchnorm=false"]
+    words += ["model.window=64", "model.stride=48", "trainer.val_check_interval=1"]
     return words
 
 

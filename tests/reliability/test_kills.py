@@ -13,6 +13,7 @@ from methods import words
 
 LONG = ["trainer.max_epochs=12", "trainer.check_val_every_n_epoch=4"]
 KILLED = ["rectified_flow_digits", "rectified_flow_points", "reflow_digits", "instaflow_digits"]
+KILLED += ["fastflow_digits", "sepc_digits", "piip_digits"]
 SLOW = ["+callbacks.slow={class_path: faults.Slow, seconds: 0.05}"]
 
 

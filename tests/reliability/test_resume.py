@@ -18,7 +18,7 @@ SETUPS = {
 }
 CUTS = ["step1", "step3", "validated4", "epoch4", "step6"]
 QUICK = ("rectified_flow_digits", "reflow_digits")
-SAME = ("rectified_flow_points", "rectified_flow_pp_digits", "boss_digits")
+SAME = ("rectified_flow_points", "rectified_flow_pp_digits", "boss_digits", "piip_digit_objects", "piip_digit_masks")
 OTHER = [("two workers", "step2"), ("watching a metric", "validated8"), ("validating within epochs", "validated2")]
 OTHER += [("accumulating", "step1"), ("saving each epoch", "step6")]
 MORE = [("two workers", "epoch4"), ("validating within epochs", "step1"), ("accumulating", "epoch2")]
