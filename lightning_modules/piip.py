@@ -63,8 +63,6 @@ class Piip(LightningModule):
                 raise UserError(f"model.{name}: found {value}, expected at least 0{' and below 1' if above else ''}")
         self.net, self.optimizer, self.scheduler, self.smoothing = net, optimizer, scheduler, smoothing
         self.outside_lr, self.layer_decay = outside_lr, layer_decay
-        if net.merged is None and net.token == "class":
-            net.pyramid.interactions[-1].requires_grad_(False)  # no class token sees it: DDP would wait for gradients
         kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
         with torch.device("cpu"):  # their laws, also where the weights are on the meta device
             mixers = [kind(alpha=alpha, num_classes=net.num_classes) for kind, alpha in kinds.items() if alpha]

@@ -44,6 +44,8 @@ class PiipClassifier(nn.Module):
                         f"branches[{i}]: expected num_classes={num_classes} and class_token=true of head=separate"
                     )
         self.merged = MergedHead([branch.dims[-1] for branch in branches], num_classes) if head == "merged" else None
+        if head == "separate" and token == "class":
+            self.pyramid.interactions[-1].requires_grad_(False)  # no class token sees it, DDP would wait for gradients
 
     def load(self) -> None:
         """Pretrained weights of the branches.
