@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -86,14 +87,9 @@ def faked(module: LightningModule, mode: FakeTensorMode, cast: torch.dtype | Non
 
 def alone(module: LightningModule) -> None:
     """Has a module's training step run without a trainer: nothing is logged."""
-    module._trainer = SimpleNamespace(
-        log_every_n_steps=2**30,
-        current_epoch=0,
-        global_step=0,
-        world_size=1,
-        max_epochs=1,
-        estimated_stepping_batches=1,
-    )
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    steps = {"current_epoch": 0, "global_step": 0, "max_epochs": 1, "estimated_stepping_batches": 1}
+    module._trainer = SimpleNamespace(log_every_n_steps=2**30, world_size=1, training=True, state=state, **steps)
     module.log = module.log_dict = lambda *_, **__: None
 
 
@@ -146,7 +142,7 @@ def pretending(mode: FakeTensorMode | None = None, precision: torch.dtype | None
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in NUMBERS:
+        if function in NUMBERS and args[0].device in (META, GPU):
             return 1.0
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)

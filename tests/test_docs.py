@@ -18,6 +18,7 @@ from penstock.lightning_modules.cli.encode import OWN
 from penstock.lightning_modules.cli.export import OWN as EXPORT
 from penstock.lightning_modules.cli.given import check_keys, pieces
 from penstock.lightning_modules.cli.lab import Lab
+from penstock.lightning_modules.cli.plan import split_words
 from penstock.lightning_modules.cli.verbs import _own_argv_hidden, plan
 from penstock.lightning_modules.errors import UserError
 
@@ -123,6 +124,8 @@ def check(line):
         assert _run([verb, *words, "--dry-run"]) == 0
     elif verb == "flops":
         assert _run([verb, *words]) == 0
+    elif verb == "plan":
+        compose(split_words(words)[1])
     elif verb == "list":
         assert _run([verb, *(w for w in words if not w.startswith("["))]) == 0
     else:

@@ -23,7 +23,7 @@ def run_plan(words: list[str]) -> int:
     Raises:
         UserError: an unknown word or value, or a training step that can't be run without numbers.
     """
-    given, rest = _split(words)
+    given, rest = split_words(words)
     card = _choice("gpu", given.get("gpu", "h100"), CARDS)
     counts = [_count("gpus", n) for n in given["gpus"].split(",")] if "gpus" in given else list(COUNTS)
     efficiency = typed("efficiency", given.get("efficiency", "0.5"), float)
@@ -33,7 +33,10 @@ def run_plan(words: list[str]) -> int:
     if not rest:
         raise UserError("plan: nothing to plan; expected experiment=NAME (penstock list experiments)")
     tree, name = compose(rest)
-    batch = _count("batch", given.get("batch", (tree["data"].get("init_args") or {}).get("batch_size", "none")))
+    batch = given.get("batch", (tree["data"].get("init_args") or {}).get("batch_size"))
+    if batch is None:
+        raise UserError(f"plan: {name} sets no data.batch_size; expected batch=N, the samples of all GPUs in a step")
+    batch = _count("batch", batch)
 
     from penstock.lightning_modules.cli.plan_tree import PlannedRun
     from penstock.lightning_modules.hardware import GPUS
@@ -52,7 +55,12 @@ def run_plan(words: list[str]) -> int:
     return 0
 
 
-def _split(words: list[str]) -> tuple[dict[str, str], list[str]]:
+def split_words(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The words of `plan` by key, and those that `fit` has.
+
+    Raises:
+        UserError: a word that neither has.
+    """
     given, rest = {}, []
     for word in words:
         key, equals, value = word.partition("=")
@@ -84,7 +92,8 @@ def _facts(name: str, run: "PlannedRun") -> Iterable[str]:
     training = sum(p.numel() for p in run.module.parameters() if p.requires_grad)
     precision = "bfloat16" if run.half else "float32"
     yield f"{name}: {numbers:,} parameters, {training:,} of them train; {run.strategy}, matrix products in {precision}"
-    yield f"a sample: {cost.flops.each / 1e12:.4g} TFLOP, forward and backward; recomputing {cost.again.each / 1e12:.4g}"
+    flops, again = (line.each / 1e12 for line in (cost.flops, cost.again))
+    yield f"a sample: {flops:.4g} TFLOP forward and backward, {again:.4g} to recompute blocks"
     less = "no blocks to recompute" if cost.checkpointed is None else f"{_size(cost.checkpointed)} with checkpointing"
     on = "on" if run.checkpointing else "off"
     yield f"activations: {_size(cost.activations)} without, {less} (here {on})"

@@ -31,7 +31,7 @@ ANY_LENGTH = 128  # tokens of a prompt, where the encoder's configuration does n
 
 @dataclass(frozen=True)
 class Row:
-    """A number of GPUs: samples of a step and of the rank that has most, its bytes, what it sends, the time it takes."""
+    """A number of GPUs: samples of a step and of the rank with most, its bytes, what it sends, the time of a step."""
 
     gpus: int
     batch: int
@@ -147,6 +147,8 @@ def _batch(module: LightningModule, n: int, tree: dict[str, Any]) -> dict[str, A
     text = getattr(getattr(module, "prompted", None), "text", None)
     if text is not None:
         batch["text"] = torch.zeros(n, text.length, text.dim)
+        if getattr(net, "null_text", text) is None:
+            net.null_text = torch.zeros(text.length, text.dim)
     if "Pairs" in str(tree["data"]["class_path"]):
         batch["source"] = torch.zeros(n, *shape)
     return batch

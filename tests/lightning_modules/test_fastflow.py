@@ -42,6 +42,7 @@ def tree(tmp_path_factory):
 
 def fit(folder, tree, *words):
     assert main(["fit", *TINY, f"data.data_dir={tree}", f"run_dir={folder}", *words]) == 0
+    os.environ.pop("RUN_DIR")  # or the next run would go on in this folder
     return folder
 
 
