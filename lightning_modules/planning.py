@@ -245,7 +245,7 @@ def _cost(
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         faked(module, mode, gather)
     if checkpointing:
-        checkpoint_activations(module.net)
+        checkpoint_activations(module)
     try:
         with pretending(mode, precision):
             return step_cost(module, batch(module, n), backward=mode is None and not checkpointing)

@@ -33,7 +33,7 @@ class StepCost:
         inside: The most bytes that one block keeps of its own.
         flops: Operations of matrix products, convolutions and attention, a multiplication with its addition as two;
             attention as if nothing were masked.
-        again: Those of the forward pass inside the blocks of `module.net`, which checkpointing computes twice.
+        again: Those of the forward pass inside the blocks of its networks, which checkpointing computes twice.
         calls: Forward passes of each part that is sharded as one: with gradients, and without.
     """
 
@@ -106,7 +106,7 @@ def step_cost(module: LightningModule, batch: Batch, backward: bool = True) -> S
         calls[name] = [0, 0]
         hooks.append(part.register_forward_pre_hook(_counting(calls[name])))
     inner = [part for net in networks(module) for part in blocks(net)]
-    recomputed = _Forward(blocks(module.net) if isinstance(getattr(module, "net", None), nn.Module) else [])
+    recomputed = _Forward(inner)
     with saved.inside_of(inner), FlopCounterMode(display=False) as counter, recomputed.counting(counter):
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             loss = module.training_step(batch, 0)

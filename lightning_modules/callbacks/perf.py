@@ -8,16 +8,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.strategies import blocks, networks
 
 
 class Perf(Callback):
-    """Prepares `pl_module.net` before training: all in place, so that state-dict names stay as they are.
+    """Prepares the network before training: all in place, so that state-dict names stay as they are.
 
     Args:
         compile: `net.compile()`.
         channels_last: Convolution weights in NHWC order; activations follow.
-        activation_checkpointing: Recompute the blocks that the network names in `checkpoint_blocks` (a tuple of
-            module classes) during the backward pass.
+        activation_checkpointing: Recompute the blocks that the module's networks name in `checkpoint_blocks` (a tuple
+            of module classes) during the backward pass, those of a denoiser beside `net` too.
     """
 
     def __init__(self, compile: bool = False, channels_last: bool = False, activation_checkpointing: bool = False):
@@ -33,25 +34,22 @@ class Perf(Callback):
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:
-            checkpoint_activations(net)
+            checkpoint_activations(pl_module)
         if self.compile:
             net.compile()
         self._done = True
 
 
-def checkpoint_activations(net: nn.Module) -> None:
-    """Makes every block recompute its activations in backward (names unchanged).
-
-    Blocks are of the classes that `net`, or a network inside it, names in `checkpoint_blocks`.
+def checkpoint_activations(module: nn.Module) -> None:
+    """Makes every block of the networks that train recompute its activations in backward (names unchanged).
 
     Raises:
-        UserError: the network names no blocks, or holds none of them.
+        UserError: the networks name no blocks, or hold none of them.
     """
-    kinds = tuple({kind for part in net.modules() for kind in getattr(part, "checkpoint_blocks", ())})
-    blocks = [m for m in net.modules() if isinstance(m, kinds)] if kinds else []
-    if not blocks:
-        raise UserError(f"activation_checkpointing: {type(net).__name__} names no checkpoint_blocks to recompute")
-    for block in blocks:
+    found = [block for net in networks(module) for block in blocks(net)]
+    if not found:
+        raise UserError(f"activation_checkpointing: {type(module).__name__} names no checkpoint_blocks to recompute")
+    for block in found:
         block.forward = partial(_recomputed, block.forward)
 
 

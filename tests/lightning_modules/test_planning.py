@@ -77,7 +77,7 @@ def test_activations_with_checkpointing_are_those_outside_and_of_one_block(plan)
     own = [*module.parameters(), *module.buffers()]
     for block in blocks(module.net):
         block.register_forward_pre_hook(lambda part, args, kwargs: seen.append((part, args, kwargs)), with_kwargs=True)
-    checkpoint_activations(module.net)
+    checkpoint_activations(module)
     with Kept(own) as kept:
         module.training_step(batch(module, 4), 0)
     inside = []
