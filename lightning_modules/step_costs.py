@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.kernels.dispatch import backend
-from penstock.lightning_modules.strategies import blocks, networks
+from penstock.lightning_modules.trained_parts import blocks, networks
 
 Batch = dict[str, Any]
 GPU = torch.device("cuda", 0)  # that fake tensors say they are on: none is needed

@@ -1,6 +1,5 @@
 """Strategies that Lightning lacks, chosen by `strategy=`."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -9,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -20,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from penstock.lightning_modules.errors import UserError
+from penstock.lightning_modules.trained_parts import blocks, networks
 
 
 class FullyShard(ModelParallelStrategy):
@@ -95,23 +94,6 @@ class FullyShard(ModelParallelStrategy):
             state = _renamed(saved, {number: names[id(weight)] for number, weight in order})
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
-
-
-def networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost parts of `module` that can be called and have weights to train."""
-    for child in module.children():
-        if not any(p.requires_grad for p in child.parameters()):
-            continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from networks(child)
-        else:
-            yield child
-
-
-def blocks(net: nn.Module) -> list[nn.Module]:
-    """The parts of `net`, inner before outer, that it or a network inside it names in `checkpoint_blocks`."""
-    kinds = tuple({kind for part in net.modules() for kind in getattr(part, "checkpoint_blocks", ())})
-    return [part for part in net.modules() if part is not net and isinstance(part, kinds)][::-1] if kinds else []
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:

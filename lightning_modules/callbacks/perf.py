@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from penstock.lightning_modules.errors import UserError
-from penstock.lightning_modules.strategies import blocks, networks
+from penstock.lightning_modules.trained_parts import blocks, networks
 
 
 class Perf(Callback):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from penstock.lightning_modules.callbacks.perf import checkpoint_activations
 from penstock.lightning_modules.hardware import GPUS, Work, step_time
 from penstock.lightning_modules.planning import footprint, resident, states_of, traffic
-from penstock.lightning_modules.strategies import blocks
+from penstock.lightning_modules.trained_parts import blocks
 
 
 def on_meta():

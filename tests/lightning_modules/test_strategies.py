@@ -18,7 +18,8 @@ from penstock.lightning_modules.errors import UserError
 from penstock.lightning_modules.nets.piip.tiny import tiny_backbone
 from penstock.lightning_modules.nets.unet import AttentionBlock, ResidualBlock, UNet
 from penstock.lightning_modules.rectified_flow import RectifiedFlow
-from penstock.lightning_modules.strategies import FullyShard, blocks, networks
+from penstock.lightning_modules.strategies import FullyShard
+from penstock.lightning_modules.trained_parts import blocks, networks
 
 FOLDER = Path(__file__).resolve().parents[1] / "reliability"
 TINY = ["experiment=rectified_flow_digits", "data.val_fraction=0.95", "data.batch_size=20", "data.eval_batch_size=40"]
