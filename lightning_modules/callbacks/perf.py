@@ -43,6 +43,9 @@ class Perf(Callback):
 def checkpoint_activations(module: nn.Module) -> None:
     """Makes every block of the networks that train recompute its activations in backward (names unchanged).
 
+    Args:
+        module: Holds the networks.
+
     Raises:
         UserError: the networks name no blocks, or hold none of them.
     """

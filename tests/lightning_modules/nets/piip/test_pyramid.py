@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from penstock.lightning_modules.callbacks.perf import checkpoint_activations
 from penstock.lightning_modules.errors import UserError
@@ -251,7 +252,7 @@ def test_blocks_are_called_as_modules_and_can_recompute(window):
     expected, called = run(), []
     for block in branch.blocks:
         block.norm1.register_forward_hook(lambda *_: called.append(1))
-    checkpoint_activations(branch)
+    checkpoint_activations(nn.ModuleList([branch]))
     found = run()
     assert len(called) == 4  # forward and again in backward
     torch.testing.assert_close(found, expected)
